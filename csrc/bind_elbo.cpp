@@ -1,0 +1,143 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "bindings.hpp"
+#include "elbo.hpp"
+#include "philox.hpp"
+
+namespace py = pybind11;
+
+namespace fastvae {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);  // NOLINT: addresses cross from Python as integers
+}
+
+// (address, dtype, sample stride, row stride, column stride), or None for a tensor that is not given
+View view(const char* name, const py::object& given) {
+    if (given.is_none()) return {};
+    const auto [address, dtype, sample, row, column] =
+        given.cast<std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t>>();
+    if (dtype < 0 || dtype > static_cast<int>(DType::uint8))
+        throw std::invalid_argument(std::string(name) + ": got dtype code " + std::to_string(dtype) + ", expected 0 to 4");
+    return {pointer<const void>(address), static_cast<DType>(dtype), sample, row, column};
+}
+
+// (address, stride), or None
+PerRow per_row(const py::object& given) {
+    if (given.is_none()) return {};
+    const auto [address, stride] = given.cast<std::pair<Address, std::int64_t>>();
+    return {pointer<const void>(address), stride};
+}
+
+const InstructionSet& find(const std::optional<std::string>& name) {
+    const auto& sets = instruction_sets();
+    if (!name) return sets.front();
+    const auto found = std::ranges::find(sets, *name, &InstructionSet::name);
+    if (found == sets.end())
+        throw std::invalid_argument("instruction_set: got '" + *name + "', which this CPU cannot run");
+    return *found;
+}
+
+void elbo(
+    bool real64, const std::array<std::int64_t, 4>& extents, int threads, int likelihood, bool half, bool per_sample,
+    std::optional<std::pair<double, double>> clamp, const std::array<double, 4>& factors, const py::object& x_hat,
+    const py::object& x, const py::object& mu, const py::object& logvar, Address kl, Address weight,
+    Address beta_latents, const std::optional<std::array<std::int64_t, 3>>& noise,
+    const std::array<Address, 5>& values, const std::optional<std::array<py::object, 5>>& upstream,
+    const std::array<Address, 5>& gradients, const std::optional<std::string>& instruction_set) {
+    Elbo call;
+    call.real64 = real64;
+    std::tie(call.samples, call.batch, call.features, call.latents) = std::tuple_cat(extents);
+    if (std::ranges::min(extents) < 0) throw std::invalid_argument("extents: got a negative size");
+    if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");
+    if (likelihood < 0 || likelihood > static_cast<int>(Likelihood::bernoulli))
+        throw std::invalid_argument("likelihood: got code " + std::to_string(likelihood) + ", expected 0 to 3");
+    call.threads = threads;
+    call.likelihood = static_cast<Likelihood>(likelihood);
+    call.half = half;
+    call.per_sample = per_sample;
+    call.clamp = clamp.has_value();
+    if (clamp) std::tie(call.clamp_low, call.clamp_high) = *clamp;
+    std::tie(call.recon_scale, call.kl_scale, call.beta, call.log_variance) = std::tuple_cat(factors);
+    call.x_hat = view("x_hat", x_hat);
+    call.x = view("x", x);
+    call.mu = view("mu", mu);
+    call.logvar = view("logvar", logvar);
+    call.kl = pointer(kl);
+    call.weight = pointer(weight);
+    call.beta_latents = pointer(beta_latents);
+    call.sample = noise.has_value();
+    if (noise) {
+        call.seed = static_cast<std::uint64_t>((*noise)[0]);
+        call.offset = static_cast<std::uint64_t>((*noise)[1]);
+        call.first_row = (*noise)[2];
+    }
+    call.loss = pointer(values[0]);
+    call.recon = pointer(values[1]);
+    call.kl_term = pointer(values[2]);
+    call.z = pointer(values[3]);
+    call.kl_rows = pointer(values[4]);
+    call.upstream = upstream.has_value();
+    if (upstream) {
+        call.g_loss = per_row((*upstream)[0]);
+        call.g_recon = per_row((*upstream)[1]);
+        call.g_kl_term = per_row((*upstream)[2]);
+        call.g_z = view("g_z", (*upstream)[3]);
+        call.g_kl_rows = per_row((*upstream)[4]);
+    }
+    call.g_x_hat = pointer(gradients[0]);
+    call.g_mu = pointer(gradients[1]);
+    call.g_logvar = pointer(gradients[2]);
+    call.g_kl = pointer(gradients[3]);
+    call.g_log_variance = pointer(gradients[4]);
+    const InstructionSet& isa = find(instruction_set);
+    const py::gil_scoped_release release;
+    run(call, isa);
+}
+
+std::array<std::uint32_t, 4> philox_block(
+    const std::array<std::uint32_t, 4>& counter, const std::array<std::uint32_t, 2>& key) {
+    Words words = {};
+    for (int i = 0; i < 4; ++i) words.w[i] += counter[i];
+    words = philox(words, key[0], key[1]);
+    return {words.w[0][0], words.w[1][0], words.w[2][0], words.w[3][0]};
+}
+
+}  // namespace
+
+void bind_elbo(py::module_& m) {
+    m.def(
+        "elbo", &elbo, py::arg("real64"), py::arg("extents"), py::arg("threads"), py::arg("likelihood"),
+        py::arg("half"), py::arg("per_sample"), py::arg("clamp"), py::arg("factors"), py::arg("x_hat"), py::arg("x"),
+        py::arg("mu"), py::arg("logvar"), py::arg("kl"), py::arg("weight"), py::arg("beta_latents"), py::arg("noise"),
+        py::arg("values"), py::arg("upstream"), py::arg("gradients"), py::arg("instruction_set") = py::none(),
+        "One call of the ELBO on CPU tensors; see csrc/elbo.hpp for the meaning of each argument. Addresses are\n"
+        "integers, 0 or None for what is not given. extents: samples, batch, features, latents. factors:\n"
+        "recon_scale, kl_scale, beta, log_variance. noise: seed, offset, first_row.");
+    m.def(
+        "philox", &philox_block, py::arg("counter"), py::arg("key"),
+        "The four words of one block of Philox4x32-10, as the operators use it.");
+    m.def(
+        "instruction_sets",
+        [] {
+            std::vector<std::string> names;
+            for (const auto& set : instruction_sets()) names.push_back(set.name);
+            return names;
+        },
+        "The instruction sets that this CPU can run, the one in use first.");
+    m.def("bf16_supported", &bf16_supported, "Whether this CPU multiplies bfloat16 matrices natively.");
+}
+
+}  // namespace fastvae

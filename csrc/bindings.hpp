@@ -1,0 +1,9 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace fastvae {
+
+void bind_elbo(pybind11::module_& m);
+void bind_loader(pybind11::module_& m);
+
+}  // namespace fastvae

@@ -1,0 +1,133 @@
+// Shuffled batches of rows, gathered and widened to float32 ahead of their consumer.
+#pragma once
+
+#include <sys/types.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+namespace fastvae {
+
+// The order of an epoch: a permutation of [0, n) that is a pure function of (seed, epoch), computed for any
+// range of positions by itself, so that a worker can start anywhere. A keyed Feistel network over the smallest
+// power of two that holds n, walked along its cycle until it lands inside (Black and Rogaway 2002).
+class Order {
+public:
+    static Order shuffled(std::int64_t n, std::uint64_t seed, std::uint64_t epoch);
+    static Order sequential(std::int64_t n);
+
+    std::int64_t size() const { return static_cast<std::int64_t>(n_); }
+    // Writes the samples at positions first, first + 1, ... first + count - 1.
+    void fill(std::int64_t first, std::int64_t count, std::int64_t* samples) const;
+
+private:
+    struct Passes;
+    static constexpr std::size_t kRounds = 8;
+
+    explicit Order(std::int64_t n) : n_(static_cast<std::uint64_t>(n)) {}
+
+    std::uint64_t n_;
+    bool shuffled_ = false;
+    int low_bits_ = 0;
+    int high_bits_ = 0;
+    std::array<std::uint32_t, kRounds> keys_{};
+};
+
+enum class Element { uint8, float32, float64 };
+
+// What a loader reads. The arrays belong to the caller and must outlive the loader and its batches.
+struct Table {
+    const std::byte* rows;        // [n_rows, pixels, channels], contiguous
+    Element element;              // uint8 becomes x / 255
+    std::int64_t n_rows;
+    std::int64_t pixels;
+    std::int64_t channels;        // above 1, a row [pixels, channels] comes out as [channels, pixels]
+    const std::int64_t* labels;   // [n_rows], or null
+    const std::int64_t* indices;  // [n_samples] rows to read, each in [0, n_rows), or null for all rows
+    std::int64_t n_samples;
+
+    std::int64_t features() const { return pixels * channels; }
+};
+
+// Equal pieces of aligned memory, recycled: a page that was touched once is not paid for again. A piece
+// returns when its last shared_ptr dies, also after the loader is gone.
+class BufferPool : public std::enable_shared_from_this<BufferPool> {
+public:
+    BufferPool(std::size_t bytes, std::size_t keep);
+
+    std::shared_ptr<std::byte> take();
+    pid_t process() const { return process_; }
+
+private:
+    struct Free {
+        void operator()(std::byte* memory) const noexcept;
+    };
+    using Memory = std::unique_ptr<std::byte, Free>;
+
+    Memory allocate() const;
+    void put(Memory memory) noexcept;
+
+    const std::size_t bytes_;
+    const std::size_t keep_;
+    const pid_t process_;
+    std::mutex mutex_;
+    std::vector<Memory> idle_;
+};
+
+struct Batch {
+    std::shared_ptr<std::byte> memory;  // holds x, then y
+    float* x;                           // [size, features]
+    std::int64_t* y;                    // [size], or null
+    std::int64_t size;
+};
+
+// One pass over the data. Batches come out in order, whoever made them: the workers, or the consumer itself
+// when it would have to wait (with no workers, always).
+class Batches {
+public:
+    Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t n_batches,
+            int workers, std::shared_ptr<BufferPool> pool);
+    ~Batches();
+    Batches(const Batches&) = delete;
+    Batches& operator=(const Batches&) = delete;
+
+    // The next batch, or nothing at the end. Throws what made the batch fail, and std::runtime_error in a
+    // forked child, where the workers do not exist.
+    std::optional<Batch> next();
+
+private:
+    struct State;
+
+    void stop();
+
+    const pid_t process_;
+    // Shared with the workers, so that a forked child never destroys what its lost threads were waiting on.
+    std::shared_ptr<State> state_;
+    std::unique_ptr<std::vector<std::thread>> threads_;
+};
+
+class Loader {
+public:
+    Loader(const Table& table, std::int64_t batch_size, bool drop_last, int workers);
+
+    std::int64_t n_batches() const { return n_batches_; }
+    const Table& table() const { return table_; }
+    std::unique_ptr<Batches> start(const Order& order);
+
+private:
+    std::shared_ptr<BufferPool> make_pool() const;
+
+    const Table table_;
+    const std::int64_t batch_size_;
+    const std::int64_t n_batches_;
+    const int workers_;
+    std::shared_ptr<BufferPool> pool_;
+};
+
+}  // namespace fastvae

@@ -1,0 +1,6 @@
+"""The ELBO operators: one specification, several implementations."""
+
+from .api import elbo, fused_elbo, reparameterize, resolve_impl, sample_and_kl
+from .types import ELBOTerms
+
+__all__ = ["ELBOTerms", "elbo", "fused_elbo", "reparameterize", "resolve_impl", "sample_and_kl"]

@@ -1,0 +1,225 @@
+"""The operator for CPU tensors: hands addresses and strides to csrc/elbo.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .types import Extents, Forward, Gradients, Needs, Spec, compute_dtype
+
+# A scalar loss can make its gradients while the inputs are in the cache, at the upstream gradient 1.
+GRADIENTS_IN_FORWARD = True
+
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+}
+_LIKELIHOODS = {None: 0, "mse": 1, "gaussian": 2, "bernoulli": 3}
+_ONE_THREAD_BELOW = 1 << 16  # elements; waking a second thread costs more than it saves
+
+_View = tuple[int, int, int, int, int] | None
+
+
+def forward(
+    x_hat: Tensor | None,
+    x: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    weight: Tensor | None,
+    beta: float | Tensor,
+    log_variance: float | Tensor,
+    seed: int | Tensor | None,
+    spec: Spec,
+    extents: Extents,
+) -> Forward:
+    """Run the stages of `spec`; arguments as checked by ops.api."""
+    call = _Call(x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed, spec, extents)
+    result = call.outputs(mu)
+    call.run(result, None, Gradients())
+    return result
+
+
+def forward_and_gradients(
+    x_hat: Tensor | None,
+    x: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    weight: Tensor | None,
+    beta: float | Tensor,
+    log_variance: float | Tensor,
+    seed: int | Tensor | None,
+    spec: Spec,
+    extents: Extents,
+    needs: Needs,
+) -> tuple[Forward, Gradients]:
+    """`forward`, and the gradients of the loss itself, in one pass."""
+    call = _Call(x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed, spec, extents)
+    result = call.outputs(mu)
+    gradients = call.gradients(x_hat, mu, logvar, needs)
+    call.run(result, None, gradients)
+    return result, gradients
+
+
+def backward(
+    x_hat: Tensor | None,
+    x: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    weight: Tensor | None,
+    beta: float | Tensor,
+    log_variance: float | Tensor,
+    seed: int | Tensor | None,
+    spec: Spec,
+    extents: Extents,
+    g_loss: Tensor | None,
+    g_recon: Tensor | None,
+    g_kl: Tensor | None,
+    g_z: Tensor | None,
+    g_kl_rows: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """The gradients for the given upstream gradients; None is zero."""
+    call = _Call(x_hat, x, mu, logvar, None, weight, beta, log_variance, seed, spec, extents)
+    gradients = call.gradients(x_hat, mu, logvar, needs)
+    call.run(Forward(), (g_loss, g_recon, g_kl, g_z, g_kl_rows), gradients)
+    return gradients
+
+
+class _Call:
+    """One call's arguments in the form of csrc/bind_elbo.cpp. It keeps alive what it points to."""
+
+    def __init__(
+        self,
+        x_hat: Tensor | None,
+        x: Tensor | None,
+        mu: Tensor | None,
+        logvar: Tensor | None,
+        kl: Tensor | None,
+        weight: Tensor | None,
+        beta: float | Tensor,
+        log_variance: float | Tensor,
+        seed: int | Tensor | None,
+        spec: Spec,
+        extents: Extents,
+    ) -> None:
+        self.spec, self.extents = spec, extents
+        self.dtype = compute_dtype(x_hat, x, mu, logvar)
+        self.alive: list[Tensor] = []
+        samples, batch, features, latents = extents
+        self.x_hat = self._view(x_hat, samples, batch, features)
+        self.x = self._view(x, 1, batch, features)
+        self.mu = self._view(mu, 1, batch, latents)
+        self.logvar = self._view(logvar, 1, batch, latents)
+        self.kl = self._vector(kl)
+        self.weight = self._vector(weight)
+        self.beta, self.beta_latents = 1.0, 0
+        if not isinstance(beta, Tensor):
+            self.beta = float(beta)
+        elif beta.numel() == 1:
+            self.beta = beta.item()
+        else:
+            self.beta_latents = self._vector(beta.reshape(-1))
+        self.log_variance = float(log_variance)
+        self.noise = None if seed is None else (int(seed), spec.offset, spec.first_row)
+
+    def outputs(self, mu: Tensor | None) -> Forward:
+        """Uninitialised results of the stages that run."""
+        samples, batch, _, _ = self.extents
+        loss = recon = kl = z = kl_rows = None
+        if self.spec.likelihood:
+            shape = (batch,) if self.spec.per_sample else ()
+            loss, recon, kl = (torch.empty(shape, dtype=self.dtype) for _ in range(3))
+        if self.spec.sample and mu is not None:
+            z = torch.empty(mu.shape if samples == 1 else (samples, *mu.shape), dtype=mu.dtype)
+            kl_rows = torch.empty(batch, dtype=self.dtype)
+        return Forward(loss, recon, kl, z, kl_rows)
+
+    def gradients(
+        self, x_hat: Tensor | None, mu: Tensor | None, logvar: Tensor | None, needs: Needs
+    ) -> Gradients:
+        """Uninitialised gradients, contiguous in the shapes of their inputs."""
+
+        def like(needed: bool, tensor: Tensor | None) -> Tensor | None:
+            if not needed or tensor is None:
+                return None
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+        return Gradients(
+            like(needs.x_hat, x_hat),
+            like(needs.mu, mu),
+            like(needs.logvar, logvar),
+            torch.empty(self.extents.batch, dtype=self.dtype) if needs.kl else None,
+            torch.empty((), dtype=self.dtype) if needs.log_variance else None,
+        )
+
+    def run(self, values: Forward, upstream: tuple[Tensor | None, ...] | None, gradients: Gradients) -> None:
+        spec, extents = self.spec, self.extents
+        samples, batch, features, latents = extents
+        elements = max(samples * batch * features, samples * batch * latents)
+        rows = None
+        if upstream is not None:
+            g_loss, g_recon, g_kl, g_z, g_kl_rows = upstream
+            rows = (
+                self._per_row(g_loss),
+                self._per_row(g_recon),
+                self._per_row(g_kl),
+                self._view(g_z, samples, batch, latents),
+                self._per_row(g_kl_rows),
+            )
+        _native.elbo(
+            self.dtype == torch.float64,
+            extents,
+            1 if elements < _ONE_THREAD_BELOW else torch.get_num_threads(),
+            _LIKELIHOODS[spec.likelihood],
+            spec.half,
+            spec.per_sample,
+            spec.logvar_clamp,
+            (spec.recon_scale(extents), spec.kl_scale(extents), self.beta, self.log_variance),
+            self.x_hat,
+            self.x,
+            self.mu,
+            self.logvar,
+            self.kl,
+            self.weight,
+            self.beta_latents,
+            self.noise,
+            [_address(t) for t in values],
+            rows,
+            [_address(t) for t in gradients],
+        )
+
+    def _view(self, tensor: Tensor | None, samples: int, batch: int, columns: int) -> _View:
+        """Strides of [samples, batch, columns]; of a copy where the columns have no one stride."""
+        if tensor is None:
+            return None
+        if tensor.is_contiguous():
+            return (tensor.data_ptr(), _DTYPES[tensor.dtype], batch * columns, columns, 1)
+        rows = tensor.reshape(samples, batch, columns)
+        self.alive.append(rows)
+        sample, row, column = rows.stride()
+        return (rows.data_ptr(), _DTYPES[rows.dtype], sample, row, column)
+
+    def _vector(self, tensor: Tensor | None) -> int:
+        """The address of a contiguous vector in the compute type, or 0."""
+        if tensor is None:
+            return 0
+        vector = tensor.detach().to(self.dtype).contiguous()
+        self.alive.append(vector)
+        return vector.data_ptr()
+
+    def _per_row(self, tensor: Tensor | None) -> tuple[int, int] | None:
+        if tensor is None:
+            return None
+        rows = tensor.to(self.dtype)
+        self.alive.append(rows)
+        return rows.data_ptr(), rows.stride(0) if rows.ndim else 0
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,229 @@
+"""The operator in plain torch: the specification that the native and the Triton kernels are tested against.
+
+Differentiable any number of times, on any device, in float32 or float64.
+
+Sources: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", equation 10 and appendix B; Salmon et
+al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10); Box and Muller 1958.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import Extents, Spec, compute_dtype
+
+_MASK = 0xFFFFFFFF
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+
+# Minimax polynomials of the Cephes library (logf, sinf, cosf), highest power first. The three
+# implementations share them, so that the same words give the same normals.
+LOG_POLY = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+SIN_POLY = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+COS_POLY = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+LN2_HI, LN2_LO = 0.693359375, -2.12194440e-4
+
+# 1 / (k + 2)!, highest power first: (exp(v) - 1 - v) / v^2
+KL_SERIES = tuple(1.0 / math.factorial(k + 2) for k in reversed(range(10)))
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four 32-bit counter words and two 32-bit key words to four 32-bit words.
+
+    Words are int64 tensors that hold values in [0, 2^32); they broadcast.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap, but their 64 bits are those of the unsigned product
+        p0, p1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _PHILOX_W[0]) & _MASK, (k1 + _PHILOX_W[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normals, float32, from two 32-bit words: (r cos, r sin) of r = sqrt(-2 ln u), 2 pi u'."""
+    u = radius_word.to(torch.float32) * 2.0**-32 + 2.0**-33
+    mantissa, exponent = torch.frexp(u)  # u = mantissa * 2^exponent, mantissa in [1/2, 1)
+    low = mantissa < math.sqrt(0.5)
+    f = torch.where(low, 2 * mantissa, mantissa) - 1
+    e = (exponent - low.to(exponent.dtype)).to(torch.float32)
+    f2 = f * f
+    ln_u = f + (_horner(LOG_POLY, f) * f * f2 + e * LN2_LO - 0.5 * f2) + e * LN2_HI
+    r = torch.sqrt(-2 * ln_u.clamp(max=0))
+
+    # 2 pi (w + 1/2) / 2^32 = q pi/2 + t with t in [-pi/4, pi/4], from the integer, so that nothing is lost
+    quarter = (angle_word + (1 << 29)) >> 30
+    t = ((angle_word - (quarter << 30)).to(torch.float32) * 2.0**-32 + 2.0**-33) * (2 * math.pi)
+    t2 = t * t
+    sin_t = t + t * t2 * _horner(SIN_POLY, t2)
+    cos_t = 1 - 0.5 * t2 + t2 * t2 * _horner(COS_POLY, t2)
+    swap = (quarter & 1).bool()
+    cos = torch.where(swap, sin_t, cos_t) * torch.where(((quarter + 1) & 2).bool(), -1.0, 1.0)
+    sin = torch.where(swap, cos_t, sin_t) * torch.where((quarter & 2).bool(), -1.0, 1.0)
+    return r * cos, r * sin
+
+
+def normal(
+    samples: int,
+    batch: int,
+    latents: int,
+    seed: int | Tensor,
+    *,
+    offset: int = 0,
+    first_row: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard normals, float32 [samples, batch, latents], a pure function of (seed, offset, place).
+
+    Element (k, b, j) is normal i = (first_row + b) * latents + j of the stream (seed, offset + k): word
+    i % 4 of the Philox block with counter (i // 4, offset + k).
+    """
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    i = torch.arange(batch * latents, dtype=torch.int64, device=device) + first_row * latents
+    stream = torch.arange(samples, dtype=torch.int64, device=device)[:, None] + offset
+    group = i >> 2
+    words = philox(
+        (group & _MASK, (group >> 32) & _MASK, stream & _MASK, (stream >> 32) & _MASK),
+        (seed & _MASK, (seed >> 32) & _MASK),
+    )
+    n0, n1 = box_muller(words[0], words[1])
+    n2, n3 = box_muller(words[2], words[3])
+    lane = i & 3
+    eps = torch.where(lane < 2, torch.where(lane == 0, n0, n1), torch.where(lane == 2, n2, n3))
+    return eps.reshape(samples, batch, latents)
+
+
+def exp_minus_1_minus(v: Tensor) -> Tensor:
+    """f(v) = exp(v) - 1 - v, without cancellation where |v| is small; never negative."""
+    near = v.abs() < (1.0 if v.dtype == torch.float32 else 1 / 16)
+    v_near = torch.where(near, v, torch.zeros_like(v))
+    v_far = torch.where(near, torch.ones_like(v), v)
+    return torch.where(near, v_near * v_near * _horner(KL_SERIES, v_near), torch.expm1(v_far) - v_far)
+
+
+def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) by element, in nats: mu^2 / 2 + f(logvar) / 2."""
+    return 0.5 * mu * mu + 0.5 * exp_minus_1_minus(logvar)
+
+
+def recon_elements(x_hat: Tensor, x: Tensor, log_variance: Tensor | float, spec: Spec) -> Tensor:
+    """-log p(x | z) by element, in nats ("mse": the squared error, or half of it under `half`)."""
+    if spec.likelihood == "bernoulli":
+        return F.binary_cross_entropy_with_logits(x_hat, x.expand_as(x_hat), reduction="none")
+    if spec.likelihood == "gaussian":
+        s = torch.as_tensor(log_variance, dtype=x_hat.dtype, device=x_hat.device)
+        return 0.5 * (((x_hat - x) * torch.exp(-0.5 * s)).square() + s + math.log(2 * math.pi))
+    error = (x_hat - x).square()
+    return 0.5 * error if spec.half else error
+
+
+def clamp_logvar(logvar: Tensor, spec: Spec) -> Tensor:
+    """logvar within `spec.logvar_clamp`; NaN stays NaN, and the gradient outside is zero."""
+    return logvar if spec.logvar_clamp is None else logvar.clamp(*spec.logvar_clamp)
+
+
+def sample_and_kl(
+    mu: Tensor, logvar: Tensor, seed: int | Tensor, spec: Spec, extents: Extents
+) -> tuple[Tensor, Tensor]:
+    """z = mu + sigma eps as [K, B, Z] in mu's dtype, and the KL of each datum as [B]."""
+    dtype = compute_dtype(mu, logvar)
+    m = mu.reshape(extents.batch, extents.latents).to(dtype)
+    v = clamp_logvar(logvar.reshape(extents.batch, extents.latents).to(dtype), spec)
+    eps = normal(
+        extents.samples,
+        extents.batch,
+        extents.latents,
+        seed,
+        offset=spec.offset,
+        first_row=spec.first_row,
+        device=mu.device,
+    )
+    z = m + torch.exp(0.5 * v) * eps.to(dtype)
+    return z.to(mu.dtype), kl_elements(m, v).sum(1)
+
+
+def elbo(
+    x_hat: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    weight: Tensor | None,
+    beta: Tensor | float,
+    log_variance: Tensor | float,
+    spec: Spec,
+    extents: Extents,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, recon, kl) of x_hat [K, B, D], x [B, D] and either mu and logvar [B, Z] or kl [B]."""
+    dtype = compute_dtype(x_hat, x, mu, logvar)
+    target = x.reshape(extents.batch, extents.features).to(dtype)
+    if x.dtype == torch.uint8:
+        target = target / 255
+    output = x_hat.reshape(extents.samples, extents.batch, extents.features).to(dtype)
+    # [B, 1]: rows without weight leave before anything is computed, so that no 0 * inf comes back
+    w = torch.ones((), dtype=dtype, device=x.device) if weight is None else weight.to(dtype)[:, None]
+    output, target = _without_dropped(w, output, target)
+    recon_rows = recon_elements(output, target, log_variance, spec).sum((0, 2))
+
+    if kl is not None:
+        latents: tuple[Tensor, ...] = _without_dropped(w, kl.to(dtype)[:, None])
+    else:
+        assert mu is not None
+        assert logvar is not None
+        v = clamp_logvar(logvar.reshape(extents.batch, extents.latents).to(dtype), spec)
+        latents = _without_dropped(w, mu.reshape(extents.batch, extents.latents).to(dtype), v)
+
+    def kl_of(parts: tuple[Tensor, ...]) -> Tensor:
+        return parts[0] if len(parts) == 1 else kl_elements(*parts)
+
+    elements = kl_of(latents)
+    if isinstance(beta, Tensor):
+        factor = beta.reshape(-1).to(dtype)
+        weighted = factor * kl_of(_without_dropped(factor, *latents))
+        # adds 0 to the loss, and the KL to the gradient of a beta that is 0 now
+        weighted = weighted + torch.where(
+            (factor == 0) & elements.isfinite(), factor * elements.detach(), torch.zeros_like(elements)
+        )
+    else:
+        weighted = torch.zeros_like(elements) if beta == 0 else beta * elements
+
+    def reduce(rows: Tensor, scale: float) -> Tensor:
+        rows = rows if weight is None else w[:, 0] * rows
+        return (rows if spec.per_sample else rows.sum()) * scale
+
+    recon = reduce(recon_rows, spec.recon_scale(extents))
+    kl_scale = spec.kl_scale(extents)
+    return recon + reduce(weighted.sum(1), kl_scale), recon, reduce(elements.sum(1), kl_scale)
+
+
+def _without_dropped(factor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with zeros where the factor is exactly 0, which drops even an infinite term."""
+    return tuple(torch.where(factor == 0, torch.zeros_like(t), t) for t in tensors)
+
+
+def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    result = torch.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        result = result * x + c
+    return result

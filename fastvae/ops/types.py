@@ -1,0 +1,114 @@
+"""What goes into the operator and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Likelihood = Literal["mse", "gaussian", "bernoulli"]
+Reduction = Literal["none", "sum", "mean", "batchmean"]
+Impl = Literal["auto", "reference", "native", "triton"]
+
+LIKELIHOODS: tuple[Likelihood, ...] = ("mse", "gaussian", "bernoulli")
+REDUCTIONS: tuple[Reduction, ...] = ("none", "sum", "mean", "batchmean")
+
+
+class ELBOTerms(NamedTuple):
+    """The negative ELBO and its two terms, in nats; scalars, or [B] under reduction "none".
+
+    `loss` is `recon + beta * kl`; `recon` and `kl` do not contain beta.
+    """
+
+    loss: Tensor
+    recon: Tensor
+    kl: Tensor
+
+
+class Extents(NamedTuple):
+    """Logical sizes of one call: K samples of x_hat or z, B data, D features, Z latents."""
+
+    samples: int
+    batch: int
+    features: int
+    latents: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The choices of one call that are fixed when its kernel is compiled or picked.
+
+    A stage runs where its field says so: reconstruction if `likelihood` is set, KL if mu and logvar are
+    given, sampling if `sample` is set.
+    """
+
+    likelihood: Likelihood | None = None
+    recon_reduction: Reduction = "batchmean"
+    kl_reduction: Reduction = "batchmean"
+    half: bool = False
+    logvar_clamp: tuple[float, float] | None = None
+    sample: bool = False
+    offset: int = 0
+    first_row: int = 0
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether the loss and its terms are [B] and not scalars."""
+        return self.recon_reduction == "none"
+
+    def recon_scale(self, extents: Extents) -> float:
+        """The factor from a sum over K, B and D to the reconstruction term."""
+        return _scale(self.recon_reduction, extents.batch, extents.features) / max(extents.samples, 1)
+
+    def kl_scale(self, extents: Extents) -> float:
+        """The factor from a sum over B and Z to the KL term."""
+        return _scale(self.kl_reduction, extents.batch, extents.latents)
+
+
+def _scale(reduction: Reduction, batch: int, elements: int) -> float:
+    if reduction == "mean":
+        return 1.0 / max(batch * elements, 1)
+    if reduction == "batchmean":
+        return 1.0 / max(batch, 1)
+    return 1.0
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of arithmetic, accumulation and loss: float64 if any input is float64, else float32."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+class Forward(NamedTuple):
+    """What an implementation's forward gives; None for a stage that did not run.
+
+    loss, recon, kl: as in ELBOTerms. z: [B, *latent] or [K, B, *latent] in mu's dtype. kl_rows: [B].
+    """
+
+    loss: Tensor | None = None
+    recon: Tensor | None = None
+    kl: Tensor | None = None
+    z: Tensor | None = None
+    kl_rows: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shapes and dtypes of the inputs; None where not needed."""
+
+    x_hat: Tensor | None = None
+    mu: Tensor | None = None
+    logvar: Tensor | None = None
+    kl: Tensor | None = None
+    log_variance: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted, in the order of Gradients."""
+
+    x_hat: bool
+    mu: bool
+    logvar: bool
+    kl: bool
+    log_variance: bool

@@ -1,0 +1,196 @@
+"""Sampling on CPU tensors: the generator's known answers, the same noise from all, statistics, gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from scipy import stats
+
+import fastvae
+from fastvae import _native
+from fastvae.ops import reference
+
+IMPLS = ["reference", "native"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+# Random123's known answers: counter, key, words
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def draw(impl: str, seed: int, offset: int, first_row: int, batch: int, latents: int) -> torch.Tensor:
+    """Standard normals, [batch, latents]."""
+    zero = torch.zeros(batch, latents)
+    return fastvae.reparameterize(zero, zero, seed=seed, offset=offset, first_row=first_row, impl=impl)
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter: tuple, key: tuple, words: tuple) -> None:
+    got = reference.philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+    assert tuple(int(w) for w in got) == words
+    assert tuple(_native.philox(counter, key)) == words
+
+
+def test_native_normals_are_those_of_the_words(seed: int) -> None:
+    """Native normals against the formula in float64, from native words."""
+    offset, first_row = 2**40 + 3, 2**35 + 1
+    key, stream = (seed & 0xFFFFFFFF, seed >> 32), (offset & 0xFFFFFFFF, offset >> 32)
+    got = draw("native", seed, offset, first_row, 1, 8).double()[0]
+    for block in range(2):
+        group = (8 * first_row) // 4 + block
+        words = _native.philox((group & 0xFFFFFFFF, group >> 32, *stream), key)
+        u = [(w + 0.5) / 2**32 for w in words]
+        truth = []
+        for radius, angle in (u[:2], u[2:]):
+            r = math.sqrt(-2 * math.log(radius))
+            truth += [r * math.cos(2 * math.pi * angle), r * math.sin(2 * math.pi * angle)]
+        wanted = torch.tensor(truth, dtype=torch.float64)
+        torch.testing.assert_close(got[4 * block : 4 * block + 4], wanted, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("latents", [1, 3, 4, 20, 1023, 3001])
+def test_the_same_noise_from_both(latents: int, seed: int) -> None:
+    for s, offset, first_row in ((seed, 0, 0), (-seed - 1, 2**32 + 5, 2**33 + 1), (2**63 - 1, -1, 7)):
+        a, b = (draw(impl, s, offset, first_row, 5, latents) for impl in IMPLS)
+        torch.testing.assert_close(a, b, rtol=0, atol=4e-6)
+
+
+def test_noise_depends_on_place_alone(seed: int) -> None:
+    whole = draw("native", seed, 0, 0, 12, 7)
+    parts = [draw("native", seed, 0, first, 4, 7) for first in (0, 4, 8)]
+    assert torch.equal(whole, torch.cat(parts))
+    zero = torch.zeros(12, 7)
+    samples = fastvae.reparameterize(zero, zero, n_samples=3, seed=seed)
+    assert torch.equal(samples, torch.stack([draw("native", seed, k, 0, 12, 7) for k in range(3)]))
+    strided = torch.zeros(7, 12).T
+    assert torch.equal(fastvae.reparameterize(strided, strided, seed=seed), whole)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tail_reaches_6_76_sigma(impl: str) -> None:
+    words = torch.tensor([0, 0xFFFFFFFF])
+    cos, _ = reference.box_muller(words, torch.zeros_like(words))
+    assert abs(cos[0].item() - math.sqrt(66 * math.log(2))) < 1e-5
+    assert cos[1].item() == 0
+    assert torch.isfinite(draw(impl, 1, 0, 0, 1000, 100)).all()
+
+
+def test_statistics(seed: int) -> None:
+    """A short form: moments, Kolmogorov-Smirnov and correlations on two million draws."""
+    eps = draw("native", seed, 0, 0, 2000, 1000).double()
+    flat = eps.flatten()
+    n = flat.numel()
+    for power, moment in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0), (6, 15.0)):
+        spread = (flat**power).std().item() / math.sqrt(n)
+        assert abs((flat**power).mean().item() - moment) < 6 * spread
+    assert stats.kstest(flat[:500_000].numpy(), "norm").pvalue > 1e-6
+    other = draw("native", seed + 1, 0, 0, 2000, 1000).double().flatten()
+    later = draw("native", seed, 1, 0, 2000, 1000).double().flatten()
+    for a, b in ((flat[:-1], flat[1:]), (flat[:-1000], flat[1000:]), (flat, other), (flat, later)):
+        assert abs((a * b).mean().item()) < 6 / math.sqrt(n)
+        assert abs(((a**2 - 1) * (b**2 - 1)).mean().item() / 2) < 6 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("samples", [None, 3])
+@pytest.mark.parametrize("shape", [(6, 20), (2, 3, 5, 7), (3, 1500)])
+def test_value_and_gradient(
+    impl: str, dtype: torch.dtype, samples: int | None, shape: tuple[int, ...], seed: int
+) -> None:
+    mu, logvar = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+    lead = () if samples is None else (samples,)
+    g_z, g_kl = torch.randn(*lead, *shape).to(dtype), torch.randn(shape[0])
+    eps = reference.normal(samples or 1, shape[0], math.prod(shape[1:]), seed).reshape(*lead, *shape)
+
+    def hand(to: torch.dtype) -> list[torch.Tensor]:
+        m, v = (t.detach().to(to).requires_grad_() for t in (mu, logvar))
+        z = m + torch.exp(v / 2) * eps.to(to)
+        kl = (0.5 * (m**2 + v.exp() - 1 - v)).flatten(1).sum(1)
+        grads = torch.autograd.grad([z, kl], [m, v], [g_z.to(to), g_kl.to(to)])
+        return [z.detach(), kl.detach(), *grads]
+
+    z, kl = fastvae.sample_and_kl(mu, logvar, n_samples=samples, seed=seed, impl=impl)
+    assert z.dtype == dtype
+    assert kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    grads = torch.autograd.grad([z, kl], [mu, logvar], [g_z, g_kl.to(kl.dtype)])
+    for name, a, e, t in zip(
+        ("z", "kl", "d mu", "d logvar"),
+        (z, kl, *grads),
+        hand(torch.float32),
+        hand(torch.float64),
+        strict=True,
+    ):
+        assert_accurate(name, a.detach(), e, t)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_of_logvar_uses_the_noise_itself(impl: str, seed: int) -> None:
+    """sigma so small that z - mu rounds to zero: (z - mu) / sigma would give a gradient of zero."""
+    mu = torch.full((4, 8), 1e4)
+    logvar = torch.full((4, 8), -40.0, requires_grad=True)
+    z = fastvae.reparameterize(mu, logvar, seed=seed, impl=impl)
+    assert torch.equal(z, mu)
+    (got,) = torch.autograd.grad(z.sum(), logvar)
+    torch.testing.assert_close(got, draw(impl, seed, 0, 0, 4, 8) * math.exp(-20) / 2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_output_used_alone(impl: str, seed: int) -> None:
+    mu, logvar = (torch.randn(4, 5, requires_grad=True) for _ in range(2))
+    z, kl = fastvae.sample_and_kl(mu, logvar, seed=seed, impl=impl)
+    (got,) = torch.autograd.grad(z.sum(), mu, retain_graph=True)
+    assert torch.equal(got, torch.ones_like(mu))
+    (got,) = torch.autograd.grad(kl.sum(), mu)
+    torch.testing.assert_close(got, mu.detach())
+
+
+def test_manual_seed_repeats_and_calls_differ() -> None:
+    mu, logvar = torch.zeros(3, 4), torch.zeros(3, 4)
+    torch.manual_seed(5)
+    a, b = (fastvae.reparameterize(mu, logvar) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(fastvae.reparameterize(mu, logvar), a)
+    assert not torch.equal(a, b)
+    c, d = (fastvae.reparameterize(mu, logvar, generator=torch.Generator().manual_seed(9)) for _ in range(2))
+    assert torch.equal(c, d)
+    e = fastvae.reparameterize(mu, logvar, seed=torch.tensor(7))
+    assert torch.equal(e, fastvae.reparameterize(mu, logvar, seed=7))
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+def test_fused_elbo_is_both(samples: int | None, seed: int) -> None:
+    lead = () if samples is None else (samples,)
+    x_hat, x = torch.rand(*lead, 6, 30, requires_grad=True), torch.rand(6, 30)
+    mu, logvar = (torch.randn(6, 5, requires_grad=True) for _ in range(2))
+    loss, z, kl = fastvae.fused_elbo(x_hat, x, mu, logvar, beta=0.5, seed=seed)
+    z2, kl2 = fastvae.sample_and_kl(mu, logvar, n_samples=samples, seed=seed)
+    loss2 = fastvae.elbo(x_hat, x, mu, logvar, beta=0.5).loss
+    for a, b in zip((loss, z, kl), (loss2, z2, kl2), strict=True):
+        torch.testing.assert_close(a, b)
+    wrt = (x_hat, mu, logvar)
+    got = torch.autograd.grad(loss + (z**2).sum() + (kl**2).sum(), wrt)
+    for a, b in zip(got, torch.autograd.grad(loss2 + (z2**2).sum() + (kl2**2).sum(), wrt), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_errors_name_the_argument() -> None:
+    mu = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="n_samples: got 0"):
+        fastvae.sample_and_kl(mu, mu, n_samples=0)
+    with pytest.raises(ValueError, match=r"mu, logvar: got shapes \(3, 4\) and \(3, 5\)"):
+        fastvae.sample_and_kl(mu, torch.zeros(3, 5))
+    with pytest.raises(TypeError, match=r"mu: got dtype torch\.int64"):
+        fastvae.sample_and_kl(mu.long(), mu)
