@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import reference
+from . import library, reference
 from .autograd import fused_elbo as _differentiable
 from .types import LIKELIHOODS, REDUCTIONS, ELBOTerms, Extents, Impl, Likelihood, Reduction, Spec
 
@@ -140,7 +140,7 @@ def sample_and_kl(
     spec = Spec(sample=True, offset=offset, first_row=first_row)
     extents = Extents(n_samples or 1, batch, 0, latents)
     if seed is None:
-        seed = draw_seed(mu.device, generator)
+        seed = _seed(mu, generator)
     kernels = _kernels(impl, mu, mu)
     if kernels is None:
         z, kl = reference.sample_and_kl(mu, logvar, seed, spec, extents)
@@ -210,7 +210,7 @@ def fused_elbo(
     extents = _elbo_extents(x_hat, x, mu, logvar, None, weight, beta)
     _check_log_variance(log_variance, spec)
     if seed is None:
-        seed = draw_seed(mu.device, generator)
+        seed = _seed(mu, generator)
     kernels = _kernels(impl, x_hat, mu)
     if kernels is None:
         loss, _, _ = reference.elbo(x_hat, x, mu, logvar, None, weight, beta, log_variance, spec, extents)
@@ -227,6 +227,12 @@ def fused_elbo(
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """64 random bits from torch's generator on `device`, as an int64 tensor there."""
     return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), 2**63 - 1, generator=generator)
+
+
+def _seed(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    if generator is None and torch.compiler.is_compiling():
+        return library.draw_seed(like)
+    return draw_seed(like.device, generator)
 
 
 def make_spec(

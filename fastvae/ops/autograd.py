@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import library, reference
 from .types import Extents, Forward, Gradients, Needs, Spec
 
 
@@ -29,6 +29,8 @@ def fused_elbo(
 ) -> Forward:
     """Run the stages of `spec` on `kernels` (ops.native or ops.triton), differentiably."""
     arguments = (x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed, spec, extents)
+    if torch.compiler.is_compiling():
+        return library.fused_elbo(*arguments)
     if not torch.is_grad_enabled():
         result: Forward = kernels.forward(*arguments)
         return result

@@ -1,0 +1,184 @@
+"""The operator as torch.library ops: opaque to torch.compile, which cannot look into a native call.
+
+Used only while compiling: in eager mode an op's dispatch costs more than ops.autograd's Function.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .types import Extents, Forward, Needs, Spec, compute_dtype
+
+_INPUTS = (
+    "Tensor? x_hat, Tensor? x, Tensor? mu, Tensor? logvar, Tensor? kl, Tensor? weight, Tensor? beta, "
+    "Tensor? log_variance, Tensor? seed, float beta_value, float log_variance_value, SymInt[] extents, "
+    "str? likelihood, str recon_reduction, str kl_reduction, bool half, float[]? logvar_clamp, bool sample, "
+    "SymInt offset, SymInt first_row"
+)
+_GRADIENTS = "Tensor? g_loss, Tensor? g_recon, Tensor? g_kl, Tensor? g_z, Tensor? g_kl_rows, bool[] needs"
+_TENSORS = 9  # the leading tensors of _INPUTS
+
+_library = torch.library.Library("fastvae", "DEF")
+_library.define(f"forward({_INPUTS}) -> Tensor[]")
+_library.define(f"backward({_INPUTS}, {_GRADIENTS}) -> Tensor[]")
+_library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def fused_elbo(
+    x_hat: Tensor | None,
+    x: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    weight: Tensor | None,
+    beta: float | Tensor,
+    log_variance: float | Tensor,
+    seed: int | Tensor | None,
+    spec: Spec,
+    extents: Extents,
+) -> Forward:
+    """ops.autograd.fused_elbo, for a graph that is being compiled."""
+    if isinstance(seed, int):
+        like = x_hat if mu is None else mu
+        seed = torch.full((), seed, dtype=torch.int64, device=None if like is None else like.device)
+    beta_tensor, beta_value = _split(beta)
+    variance_tensor, variance_value = _split(log_variance)
+    outputs = torch.ops.fastvae.forward(
+        *(x_hat, x, mu, logvar, kl, weight, beta_tensor, variance_tensor, seed, beta_value, variance_value),
+        list(extents),
+        spec.likelihood,
+        spec.recon_reduction,
+        spec.kl_reduction,
+        spec.half,
+        None if spec.logvar_clamp is None else list(spec.logvar_clamp),
+        spec.sample,
+        spec.offset,
+        spec.first_row,
+    )
+    loss, recon, kl_term = outputs[:3] if spec.likelihood else (None, None, None)
+    z, kl_rows = outputs[-2:] if spec.sample else (None, None)
+    return Forward(loss, recon, kl_term, z, kl_rows)
+
+
+def draw_seed(like: Tensor) -> Tensor:
+    """64 random bits from torch's generator on `like`'s device, as in eager mode."""
+    seed: Tensor = torch.ops.fastvae.draw_seed(like)
+    return seed
+
+
+def _split(value: float | Tensor) -> tuple[Tensor | None, float]:
+    """A schema has no type for a number or a tensor."""
+    return (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
+
+
+def _call(arguments: tuple[Any, ...]) -> tuple[ModuleType, tuple[Any, ...]]:
+    """An op's inputs as those of an implementation, and which one."""
+    tensors, (beta_value, variance_value, extents, *choices) = arguments[:_TENSORS], arguments[_TENSORS:]
+    x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed = tensors
+    likelihood, recon_reduction, kl_reduction, half, clamp, sample, offset, first_row = choices
+    bounds = None if clamp is None else (clamp[0], clamp[1])
+    spec = Spec(likelihood, recon_reduction, kl_reduction, half, bounds, sample, offset, first_row)
+    device = (x_hat if mu is None else mu).device
+    kernels: ModuleType
+    if device.type == "cpu":
+        from . import native as kernels
+    else:
+        from . import triton as kernels
+    return kernels, (
+        *(x_hat, x, mu, logvar, kl, weight),
+        beta_value if beta is None else beta,
+        variance_value if log_variance is None else log_variance,
+        seed,
+        spec,
+        Extents(*extents),
+    )
+
+
+def _forward(*arguments: Any) -> list[Tensor]:
+    kernels, inputs = _call(arguments)
+    return [t for t in kernels.forward(*inputs) if t is not None]
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    kernels, inputs = _call(arguments[:-6])
+    *upstream, needs = arguments[-6:]
+    gradients = kernels.backward(*inputs[:4], *inputs[5:], *upstream, Needs(*needs))
+    return [t for t in gradients if t is not None]
+
+
+def _draw_seed(like: Tensor) -> Tensor:
+    from .api import draw_seed as eager
+
+    return eager(like.device)
+
+
+def _forward_meta(*arguments: Any) -> list[Tensor]:
+    x_hat, x, mu, logvar = arguments[:4]
+    samples, batch, _, _ = arguments[_TENSORS + 2]
+    likelihood, recon_reduction = arguments[_TENSORS + 3 : _TENSORS + 5]
+    sample = arguments[_TENSORS + 8]
+    like = x_hat if mu is None else mu
+    dtype = compute_dtype(x_hat, x, mu, logvar)
+    outputs = []
+    if likelihood is not None:
+        shape = (batch,) if recon_reduction == "none" else ()
+        outputs = [like.new_empty(shape, dtype=dtype) for _ in range(3)]
+    if sample:
+        shape = mu.shape if samples == 1 else (samples, *mu.shape)
+        outputs += [mu.new_empty(shape), mu.new_empty((batch,), dtype=dtype)]
+    return outputs
+
+
+def _backward_meta(*arguments: Any) -> list[Tensor]:
+    x_hat, x, mu, logvar = arguments[:4]
+    like = x_hat if mu is None else mu
+    dtype = compute_dtype(x_hat, x, mu, logvar)
+    batch = arguments[_TENSORS + 2][1]
+    needs = Needs(*arguments[-1])
+    shapes = [
+        *(None if t is None else t.new_empty(t.shape) for t in (x_hat, mu, logvar)),
+        like.new_empty((batch,), dtype=dtype),
+        like.new_empty((), dtype=dtype),
+    ]
+    return [t for t, needed in zip(shapes, needs, strict=True) if needed and t is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.rest = inputs[_TENSORS:]
+    ctx.has = (ctx.rest[3] is not None, ctx.rest[8])
+
+
+def _gradient(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
+    need = ctx.needs_input_grad
+    if need[1] or need[5] or need[6]:
+        raise NotImplementedError(
+            "fastvae: the gradient with respect to x, weight or beta is not compiled; "
+            'use impl="reference" inside torch.compile'
+        )
+    has_terms, has_sample = ctx.has
+    terms = upstream[:3] if has_terms else [None] * 3
+    sampled = upstream[-2:] if has_sample else [None] * 2
+    needs = Needs(need[0], need[2], need[3], need[4], need[7])
+    found = iter(
+        torch.ops.fastvae.backward(*ctx.saved_tensors, *ctx.rest, *terms, *sampled, [bool(n) for n in needs])
+    )
+    g = [next(found) if needed else None for needed in needs]
+    gradients = (g[0], None, g[1], g[2], g[3], None, None, g[4], None)
+    return (*gradients, *(None for _ in ctx.rest))
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _forward, _device)
+    _library.impl("backward", _backward, _device)
+    _library.impl("draw_seed", _draw_seed, _device)
+torch.library.register_fake("fastvae::forward", _forward_meta, lib=_library)
+torch.library.register_fake("fastvae::backward", _backward_meta, lib=_library)
+torch.library.register_fake(
+    "fastvae::draw_seed", lambda like: like.new_empty((), dtype=torch.int64), lib=_library
+)
+torch.library.register_autograd("fastvae::forward", _gradient, setup_context=_setup_context, lib=_library)
