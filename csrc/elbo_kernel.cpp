@@ -62,7 +62,7 @@ double recon_chunk(const Elbo& p, std::int64_t k, std::int64_t b, std::int64_t f
         const double inverse = std::exp(-0.5 * p.log_variance);
         inverse_sigma = static_cast<R>(inverse < largest ? inverse : largest);
     }
-    V total[4] = {};
+    V total[4] = {}, rest = {};
     for (std::int64_t i = 0; i < n; i += block) {
         const std::int64_t m = n - i < block ? n - i : block;
         const R* x_hat = read_row(p.x_hat, k, b, first + i, m, x_hat_buffer);
@@ -78,20 +78,21 @@ double recon_chunk(const Elbo& p, std::int64_t k, std::int64_t b, std::int64_t f
                 if constexpr (Gradient) store(g + j + a * lanes, gradient);
             }
         }
-        for (int a = 0; j < m; j += lanes, ++a) {
-            const std::int64_t rest = m - j < lanes ? m - j : lanes;
-            const std::size_t bytes = static_cast<std::size_t>(rest) * sizeof(R);
-            R x_hat_tail[lanes] = {}, x_tail[lanes] = {}, tail[lanes];
+        for (; j + lanes <= m; j += lanes) {
+            V gradient;
+            const V value = recon_element<R, L>(load(x_hat + j), load(x + j), c, inverse_sigma, gradient);
+            if constexpr (Value) rest += value;
+            if constexpr (Gradient) store(g + j, gradient);
+        }
+        if (j < m) {
+            const std::size_t bytes = static_cast<std::size_t>(m - j) * sizeof(R);
+            R x_hat_tail[lanes] = {}, x_tail[lanes] = {};
             std::memcpy(x_hat_tail, x_hat + j, bytes);
             std::memcpy(x_tail, x + j, bytes);
             V gradient;
-            store(tail, recon_element<R, L>(load(x_hat_tail), load(x_tail), c, inverse_sigma, gradient));
-            if constexpr (Value)
-                for (std::int64_t l = 0; l < rest; ++l) total[a][l] += tail[l];
-            if constexpr (Gradient) {
-                store(tail, gradient);
-                std::memcpy(g + j, tail, bytes);
-            }
+            const V value = recon_element<R, L>(load(x_hat_tail), load(x_tail), c, inverse_sigma, gradient);
+            if constexpr (Value) rest += lane_index<R>() < static_cast<R>(m - j) ? value : V{};
+            if constexpr (Gradient) std::memcpy(g + j, &gradient, bytes);
         }
         if constexpr (Gradient) {
             // a dropped row has the gradient zero, not zero times infinity
@@ -99,7 +100,7 @@ double recon_chunk(const Elbo& p, std::int64_t k, std::int64_t b, std::int64_t f
             if (!direct) write_row(g, m, p.x_hat.dtype, p.g_x_hat, g_at + i);
         }
     }
-    return sum_lanes<R>((total[0] + total[1]) + (total[2] + total[3]));
+    return sum_lanes<R>((total[0] + total[1]) + (total[2] + total[3]) + rest);
 }
 
 template <class R, Likelihood L, bool Value, bool Gradient>

@@ -280,9 +280,8 @@ struct Batches::State {
     const RowKernel kernel;
 
     std::mutex mutex;
-    std::condition_variable room;   // the workers wait for a free slot
-    std::condition_variable ready;  // the consumer waits for the next batch
-    std::vector<Slot> slots;        // batch k lies in slot k modulo their number
+    std::condition_variable room;  // the workers wait for a free slot
+    std::vector<Slot> slots;       // batch k lies in slot k modulo their number
     std::int64_t claimed = 0;
     std::int64_t delivered = 0;
     bool stopping = false;
@@ -294,9 +293,8 @@ struct Batches::State {
     bool finished() const { return stopping || claimed >= n_batches; }
     bool has_room() const { return claimed < delivered + static_cast<std::int64_t>(slots.size()); }
 
-    // Claims the next batch, makes it with the lock released, and publishes it.
-    void make_one(std::unique_lock<std::mutex>& lock) {
-        const std::int64_t k = claimed++;
+    // Makes batch k with the lock released, and publishes it unless another thread was faster.
+    void make(std::int64_t k, std::unique_lock<std::mutex>& lock) {
         lock.unlock();
         Slot made;
         try {
@@ -306,8 +304,7 @@ struct Batches::State {
         }
         made.ready = true;
         lock.lock();
-        slot(k) = std::move(made);
-        if (k == delivered) ready.notify_one();
+        if (k >= delivered) slot(k) = std::move(made);
     }
 
     void work() {
@@ -315,7 +312,7 @@ struct Batches::State {
         while (true) {
             room.wait(lock, [this] { return finished() || has_room(); });
             if (finished()) return;
-            make_one(lock);
+            make(claimed++, lock);
         }
     }
 
@@ -328,17 +325,18 @@ struct Batches::State {
             for (std::int64_t& row : rows) row = table.indices[row];
         }
 
+        constexpr std::size_t kBytesAhead = 4096;
+        const std::size_t bytes = row_bytes(table);
+        const std::size_t ahead = std::clamp<std::size_t>(kBytesAhead / bytes + 1, 1, 16);
+        const auto row = [&](std::size_t i) { return table.rows + static_cast<std::size_t>(rows[i]) * bytes; };
+        for (std::size_t i = 0; i < std::min(ahead, rows.size()); ++i) prefetch(row(i), bytes);
+
         Batch batch{pool->take(), nullptr, nullptr, size};
         batch.x = reinterpret_cast<float*>(batch.memory.get());
-        const std::size_t bytes = row_bytes(table);
         const auto features = static_cast<std::size_t>(table.features());
-        constexpr std::size_t kBytesAhead = 4096;
-        const std::size_t ahead = std::clamp<std::size_t>(kBytesAhead / bytes + 1, 1, 16);
         for (std::size_t i = 0; i < rows.size(); ++i) {
-            if (i + ahead < rows.size()) {
-                prefetch(table.rows + static_cast<std::size_t>(rows[i + ahead]) * bytes, bytes);
-            }
-            kernel(table.rows + static_cast<std::size_t>(rows[i]) * bytes, batch.x + i * features, table.pixels);
+            if (i + ahead < rows.size()) prefetch(row(i + ahead), bytes);
+            kernel(row(i), batch.x + i * features, table.pixels);
         }
         if (table.labels) {
             batch.y = reinterpret_cast<std::int64_t*>(batch.memory.get() + x_bytes(table, batch_size));
@@ -391,11 +389,9 @@ std::optional<Batch> Batches::next() {
     if (state.stopping || state.delivered >= state.n_batches) return std::nullopt;
     State::Slot& slot = state.slot(state.delivered);
     while (!slot.ready) {
-        if (!state.finished() && state.has_room()) {
-            state.make_one(lock);
-        } else {
-            state.ready.wait(lock, [&slot] { return slot.ready; });
-        }
+        // With nothing left to claim, the batch is in the hands of a worker, who may have lost its core for
+        // milliseconds to a spinning thread: making the same batch again is sooner than waiting.
+        state.make(!state.finished() && state.has_room() ? state.claimed++ : state.delivered, lock);
     }
     State::Slot done = std::exchange(slot, {});
     ++state.delivered;

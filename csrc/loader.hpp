@@ -87,8 +87,8 @@ struct Batch {
     std::int64_t size;
 };
 
-// One pass over the data. Batches come out in order, whoever made them: the workers, or the consumer itself
-// when it would have to wait (with no workers, always).
+// One pass over the data. Batches come out in order, whoever made them: the workers, or the consumer itself,
+// which never waits but makes what is not ready (with no workers, everything).
 class Batches {
 public:
     Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t n_batches,

@@ -54,6 +54,14 @@ inline void store(R* p, const Vec<R>& v) {
     std::memcpy(p, &v, sizeof(v));
 }
 
+// 0, 1, 2, ...
+template <class R>
+inline Vec<R> lane_index() {
+    Vec<R> v = {};
+    for (int i = 0; i < Lanes<R>::count; ++i) v[i] = static_cast<R>(i);
+    return v;
+}
+
 // Sum of the lanes in a fixed order.
 template <class R>
 inline double sum_lanes(const Vec<R>& v) {
