@@ -270,7 +270,7 @@ struct Batches::State {
           n_batches(n_batches_),
           pool(std::move(pool_)),
           kernel(kernel_for(table_)),
-          slots(static_cast<std::size_t>(2 * workers + 1)) {}
+          slots(static_cast<std::size_t>(3 * workers + 1)) {}
 
     const Table table;
     const Order order;
@@ -325,7 +325,7 @@ struct Batches::State {
             for (std::int64_t& row : rows) row = table.indices[row];
         }
 
-        constexpr std::size_t kBytesAhead = 4096;
+        constexpr std::size_t kBytesAhead = 6144;
         const std::size_t bytes = row_bytes(table);
         const std::size_t ahead = std::clamp<std::size_t>(kBytesAhead / bytes + 1, 1, 16);
         const auto row = [&](std::size_t i) { return table.rows + static_cast<std::size_t>(rows[i]) * bytes; };
@@ -400,7 +400,7 @@ std::optional<Batch> Batches::next() {
         state.room.notify_all();
         std::rethrow_exception(done.error);
     }
-    state.room.notify_one();
+    if (2 * (state.claimed - state.delivered) <= static_cast<std::int64_t>(state.slots.size())) state.room.notify_all();
     return std::move(done.batch);
 }
 

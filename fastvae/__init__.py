@@ -1,6 +1,50 @@
-"""fastvae: a training engine for variational autoencoders."""
+"""fastvae: a training engine for variational autoencoders.
 
-from .loss import ELBOLoss
-from .ops import ELBOTerms, elbo, fused_elbo, reparameterize, sample_and_kl
+Names are imported when they are first used, so that `fastvae --help` need not wait for torch.
+"""
 
-__all__ = ["ELBOLoss", "ELBOTerms", "elbo", "fused_elbo", "reparameterize", "sample_and_kl"]
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import DataLoader
+    from .loss import ELBOLoss
+    from .models import VAE, load
+    from .ops import ELBOTerms, elbo, fused_elbo, reparameterize, sample_and_kl
+    from .training.trainer import Trainer
+
+__version__ = version("fastvae")
+
+__all__ = [
+    "VAE",
+    "DataLoader",
+    "ELBOLoss",
+    "ELBOTerms",
+    "Trainer",
+    "elbo",
+    "fused_elbo",
+    "load",
+    "reparameterize",
+    "sample_and_kl",
+]
+
+_HOMES = {
+    "VAE": ".models",
+    "DataLoader": ".data",
+    "ELBOLoss": ".loss",
+    "Trainer": ".training.trainer",
+    "load": ".models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'fastvae' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, ".ops"), __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

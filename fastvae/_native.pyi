@@ -1,4 +1,8 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 _View = tuple[int, int, int, int, int] | None
 _PerRow = tuple[int, int] | None
@@ -28,3 +32,26 @@ def elbo(
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def instruction_sets() -> list[str]: ...
 def bf16_supported() -> bool: ...
+def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]: ...
+
+class Batches(Iterator[Any]):
+    def __iter__(self) -> Batches: ...
+    def __next__(
+        self,
+    ) -> npt.NDArray[np.float32] | tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]: ...
+
+class Loader:
+    def __init__(
+        self,
+        x: npt.NDArray[Any],
+        y: npt.NDArray[np.int64] | None,
+        indices: npt.NDArray[np.int64] | None,
+        *,
+        item_shape: Sequence[int],
+        channels_last: bool,
+        batch_size: int,
+        drop_last: bool,
+        workers: int,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def start(self, seed: int, epoch: int, shuffle: bool) -> Batches: ...

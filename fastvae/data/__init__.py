@@ -1,0 +1,17 @@
+"""Data: sources that open anything as arrays, datasets by name, and the loader."""
+
+from .datasets import Dataset, resolve, split
+from .loader import DataLoader
+from .sources import DataError, Source, as_source, open_source, source_from_arrays
+
+__all__ = [
+    "DataError",
+    "DataLoader",
+    "Dataset",
+    "Source",
+    "as_source",
+    "open_source",
+    "resolve",
+    "source_from_arrays",
+    "split",
+]

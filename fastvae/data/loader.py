@@ -1,0 +1,137 @@
+"""The data loader: shuffled batches from C++ threads, reproducible from (seed, epoch)."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .. import _native
+from .sources import SourceLike, as_source
+
+Batch: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
+
+_MAX_WORKERS = 4  # a few threads reach the memory's rate
+
+
+class DataLoader:
+    """Batches of a source in float32, gathered ahead of their consumer by C++ threads.
+
+    Yields x, float32 [B, *item_shape], or (x, y) with y int64 [B] where the source has labels. uint8 becomes
+    exactly x / 255. The last batch may be smaller. A batch is the reader's own, to keep or to change.
+
+    Each `iter()` begins a pass, whose shuffled order is a pure function of (seed, epoch) whatever the machine
+    or the number of threads. The first pass is epoch 0, and beginning a pass advances `epoch` by one for the
+    next; `set_epoch` says which epoch the next pass is. A pass ends its threads when it is dropped, as by
+    `break`. After a fork, begin a new pass in the child.
+
+    source: a Source, an array or CPU tensor [N, ...], a pair (x, y), or a path (see `sources`).
+    batch_size: samples a batch, at least 1.
+    seed: of the shuffling, 0 <= seed < 2**64.
+    drop_last: leave out a last batch smaller than batch_size.
+    num_workers: threads; 0 gathers in the calling thread, None is half of the cores and at most 4.
+    indices: int64 [M], the samples to use (others are left out); all of them by default.
+
+    Raises DataError for data that cannot be used, ValueError and TypeError for other bad arguments.
+    """
+
+    def __init__(
+        self,
+        source: SourceLike,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        *,
+        seed: int = 0,
+        drop_last: bool = False,
+        num_workers: int | None = None,
+        indices: npt.ArrayLike | torch.Tensor | None = None,
+    ) -> None:
+        self.batch_size = _integer("batch_size", batch_size, 1, 2**62)
+        self.shuffle = bool(shuffle)
+        self.seed = _integer("seed", seed, 0, 2**64 - 1)
+        self.drop_last = bool(drop_last)
+        self.num_workers = _workers(num_workers)
+        self._source = as_source(source)
+        self._epoch = 0
+        chosen = None if indices is None else _indices(indices)
+        self._n_samples = self._source.n_samples if chosen is None else len(chosen)
+        self._native = _native.Loader(
+            self._source.x,
+            self._source.y,
+            chosen,
+            item_shape=self._source.item_shape,
+            channels_last=self._source.channels_last,
+            batch_size=self.batch_size,
+            drop_last=self.drop_last,
+            workers=self.num_workers,
+        )
+
+    @property
+    def n_samples(self) -> int:
+        """Samples that a pass draws from: of the source, or of `indices`."""
+        return self._n_samples
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Shape of one sample of a batch, [C, H, W] for images."""
+        return self._source.item_shape
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether batches are (x, y)."""
+        return self._source.has_labels
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next pass will be."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass epoch `epoch`, at least 0; the one after it is epoch + 1."""
+        self._epoch = _integer("epoch", epoch, 0, 2**62)
+
+    def __len__(self) -> int:
+        """Batches in a pass."""
+        return len(self._native)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        batches = self._native.start(seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        return _labelled(batches) if self.has_labels else map(torch.from_numpy, batches)
+
+
+def _labelled(batches: _native.Batches) -> Iterator[Batch]:
+    for x, y in batches:
+        yield torch.from_numpy(x), torch.from_numpy(y)
+
+
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} is {value}, expected an integer")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"{name} is {value!r}, expected an integer") from error
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {number}, expected {low} <= {name} <= {high}")
+    return number
+
+
+def _workers(num_workers: int | None) -> int:
+    if num_workers is not None:
+        return _integer("num_workers", num_workers, 0, 256)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MAX_WORKERS, cores // 2)
+
+
+def _indices(indices: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.int64]:
+    array = np.asarray(indices)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        got = f"{array.dtype} of shape {list(array.shape)}"
+        raise ValueError(f"indices is {got}, expected integers of shape [M]")
+    return np.ascontiguousarray(array, dtype=np.int64)

@@ -1,0 +1,312 @@
+"""Sources: anything with samples, opened as arrays in rows.
+
+A source is what a loader reads: `x` of shape [N, ...], `y` of shape [N] where there are labels. Pixels are
+uint8 and mean x / 255; everything else is floating point and taken as it is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import os
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array: TypeAlias = npt.NDArray[Any]
+SourceLike: TypeAlias = "Source | Array | torch.Tensor | tuple[Any, Any] | str | os.PathLike[str]"
+
+X_KEYS = ("x", "images", "data", "arr_0")
+Y_KEYS = ("y", "labels", "targets")
+EXTENSIONS = ".npy, .npz, IDX (.gz or not) or a folder of IDX files"
+_IMAGE_CHANNELS = (1, 3, 4)
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_DEFLATE_LIMIT = 1032  # no deflate stream grows by more than this
+_SCAN_BYTES = 1 << 26
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one line: what, what was got, what was expected."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples in rows.
+
+    x: [N, ...], C-contiguous uint8 (used as x / 255), float32 or float64, possibly memory-mapped.
+    y: int64 [N], or None without labels.
+    name: what messages call it.
+    channels_last: x is [N, H, W, C] and its samples come out as [C, H, W].
+    """
+
+    x: Array
+    y: npt.NDArray[np.int64] | None = None
+    name: str = "array"
+    channels_last: bool = False
+
+    @property
+    def n_samples(self) -> int:
+        """N."""
+        return int(self.x.shape[0])
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Shape of a sample in a batch: [1, H, W] for [H, W], [C, H, W] for [H, W, C], else as in x."""
+        shape = tuple(int(size) for size in self.x.shape[1:])
+        if self.channels_last:
+            return shape[-1:] + shape[:-1]
+        return (1, *shape) if len(shape) == 2 else shape
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether batches are (x, y)."""
+        return self.y is not None
+
+
+def source_from_arrays(x: Array, y: Array | None = None, name: str = "array") -> Source:
+    """A source over arrays in memory or memory-mapped, checked, and copied only where its dtype asks for it.
+
+    x [N, D] gives samples [D]; [N, H, W] gives [1, H, W]; [N, H, W, C] and [N, C, H, W] with C in (1, 3, 4)
+    give [C, H, W], and where both could be meant, [N, C, H, W] is; any other shape stays as it is. uint8 is
+    used as x / 255, bool becomes 0.0 and 1.0, floats become float32. y [N] holds integers.
+
+    Raises DataError for an empty array, another dtype, NaN or inf, and labels that do not fit.
+    """
+    if x.ndim < 2:
+        raise DataError(f"{name}: shape {list(x.shape)}, expected [N, ...] with at least one feature")
+    _bytes_of(x.shape, x.dtype, name)
+    x = _usable(x, name)
+    if x.dtype != np.uint8:
+        _check_finite(x, name)
+    labels = None if y is None else _labels(y, x.shape[0], name)
+    return Source(x, labels, name, channels_last=_is_channels_last(x.shape))
+
+
+def as_source(data: SourceLike) -> Source:
+    """Whatever a loader accepts, as a source: a Source, an array, a CPU tensor, a pair (x, y), or a path.
+
+    Raises DataError for data that cannot be used, TypeError for anything else.
+    """
+    match data:
+        case Source():
+            return data
+        case str() | os.PathLike():
+            return open_source(data)
+        case (x, y):
+            return source_from_arrays(_array(x, "x"), _array(y, "y"))
+        case _:
+            return source_from_arrays(_array(data, "source"))
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Opens a .npy (memory-mapped), a .npz, an IDX file (gzipped or not), or a folder's IDX training files.
+
+    A .npz holds samples under one of X_KEYS and may hold labels under one of Y_KEYS. Raises DataError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return open_idx_folder(path, "train")
+    with _opened(path) as stream:
+        start = stream.read(4)
+    if start == b"\x93NUM":
+        return source_from_arrays(_map_npy(path), name=str(path))
+    if start == b"PK\x03\x04":
+        return _open_npz(path)
+    if path.suffix in (".npy", ".npz"):
+        raise DataError(f"{path}: begins with {start!r}, expected a {path.suffix} file as NumPy saves it")
+    if start[:2] in (b"\x1f\x8b", b"\0\0"):
+        return source_from_arrays(read_idx(path), name=str(path))
+    raise DataError(f"{path}: begins with {start!r}, expected {EXTENSIONS}")
+
+
+def idx_path(folder: Path, split: str, kind: str) -> Path | None:
+    """The IDX file of a split ("train" or "t10k") and kind ("images" or "labels") in a folder, or None."""
+    dims = {"images": 3, "labels": 1}[kind]
+    names = (f"{split}-{kind}{mark}idx{dims}-ubyte{end}" for mark in "-." for end in ("", ".gz"))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def open_idx_folder(folder: Path, split: str) -> Source:
+    """The samples of a split ("train" or "t10k") of a folder of IDX files, with labels where they are there.
+
+    Raises DataError.
+    """
+    images = idx_path(folder, split, "images")
+    if images is None:
+        expected = f"{split}-images-idx3-ubyte (or .gz)"
+        raise DataError(f"{folder}: a folder without {expected}; expected the IDX files of MNIST's layout")
+    labels = idx_path(folder, split, "labels")
+    return source_from_arrays(read_idx(images), None if labels is None else read_idx(labels), str(images))
+
+
+def read_idx(path: Path) -> Array:
+    """The array of an IDX file, gzipped or not. Raises DataError."""
+    with _opened(path) as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        room = path.stat().st_size * (_DEFLATE_LIMIT if zipped else 1)
+        try:
+            with gzip.GzipFile(fileobj=raw) if zipped else raw as stream:
+                return _read_idx(stream, room, path)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+
+
+def _read_idx(stream: io.BufferedIOBase, room: int, path: Path) -> Array:
+    magic = stream.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_TYPES or magic[3] == 0:
+        raise DataError(f"{path}: magic number 0x{magic.hex()}, expected IDX, for example 0x00000803")
+    sizes = stream.read(4 * magic[3])
+    if len(sizes) < 4 * magic[3]:
+        raise DataError(f"{path}: truncated within its header, expected {magic[3]} dimensions")
+    shape = struct.unpack(f">{magic[3]}I", sizes)
+    return _read_array(stream, shape, np.dtype(_IDX_TYPES[magic[2]]), room, path)
+
+
+def _bytes_of(shape: tuple[int, ...], dtype: np.dtype[Any], name: object) -> int:
+    if min(shape, default=1) < 1:
+        raise DataError(f"{name}: shape {list(shape)} is empty, expected at least one sample and one feature")
+    return math.prod(shape) * dtype.itemsize
+
+
+def _read_array(
+    stream: io.BufferedIOBase, shape: tuple[int, ...], dtype: np.dtype[Any], room: int, name: object
+) -> Array:
+    """Reads the rest of a stream into an array, when it has exactly the size that its header promised."""
+    expected = _bytes_of(shape, dtype, name)
+    promised = f"its header says shape {list(shape)}, {expected} bytes"
+    if expected > room:
+        raise DataError(f"{name}: truncated: {promised}, but the file can hold no more than {room}")
+    array = np.empty(shape, dtype)
+    got = 0
+    view = memoryview(array.reshape(-1).view(np.uint8).data)
+    while got < expected and (count := stream.readinto(view[got:])):
+        got += count
+    if got < expected:
+        raise DataError(f"{name}: truncated: {promised}, but {got} are there; fetch it again")
+    if stream.read(1):
+        raise DataError(f"{name}: trailing bytes: {promised}, but more follow")
+    return array
+
+
+def _npy_header(stream: io.BufferedIOBase, name: object) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        else:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+    except zipfile.BadZipFile:
+        raise
+    except Exception as error:  # NumPy reads the header as Python, which fails in many ways
+        raise DataError(f"{name}: not a .npy header ({' '.join(str(error).split())})") from error
+    if dtype.hasobject:
+        raise DataError(f"{name}: dtype object, which is pickled and never loaded; save numbers instead")
+    return shape, fortran, dtype
+
+
+def _map_npy(path: Path) -> Array:
+    with _opened(path) as stream:
+        shape, fortran, dtype = _npy_header(stream, path)
+        offset = stream.tell()
+    expected, got = _bytes_of(shape, dtype, path), path.stat().st_size - offset
+    if got != expected:
+        what = "truncated" if got < expected else "trailing bytes"
+        promised = f"its header says shape {list(shape)}, {expected} bytes"
+        raise DataError(f"{path}: {what}: {promised}, but {got} follow; save it again")
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C")
+
+
+def _open_npz(path: Path) -> Source:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            x_key = next((key for key in X_KEYS if key in keys), None)
+            y_key = next((key for key in Y_KEYS if key in keys), None)
+            if {"indices", "indptr"} <= set(keys):
+                raise DataError(f"{path}: a sparse matrix, expected a dense array; save x.toarray() as .npy")
+            if x_key is None:
+                raise DataError(f"{path}: arrays {keys}, expected one of {', '.join(X_KEYS)}")
+            x = _read_member(archive, x_key, path)
+            y = None if y_key is None else _read_member(archive, y_key, path)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"{path}: not a whole .npz file ({error}); save it again") from error
+    return source_from_arrays(x, y, str(path))
+
+
+def _read_member(archive: zipfile.ZipFile, key: str, path: Path) -> Array:
+    name = f"{path}[{key}]"
+    room = archive.getinfo(f"{key}.npy").compress_size * _DEFLATE_LIMIT
+    with archive.open(f"{key}.npy") as member:
+        stream = cast(zipfile.ZipExtFile, member)
+        shape, fortran, dtype = _npy_header(stream, name)
+        array = _read_array(stream, shape[::-1] if fortran else shape, dtype, room, name)
+    return array.T if fortran else array
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; expected {EXTENSIONS}") from error
+
+
+def _array(data: object, name: str) -> Array:
+    if isinstance(data, np.ndarray):
+        return data
+    if not isinstance(data, torch.Tensor):
+        expected = "a Source, a numpy array, a torch tensor, a pair (x, y) or a path"
+        raise TypeError(f"{name} is a {type(data).__name__}, expected {expected}")
+    if data.device.type != "cpu":
+        raise DataError(f"{name}: a tensor on {data.device}, expected one on the CPU; use {name}.cpu()")
+    data = data.detach()
+    return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
+
+
+def _usable(x: Array, name: str) -> Array:
+    """x with a dtype the loader reads, contiguous; itself where it is already."""
+    if x.dtype == np.bool_:
+        return np.ascontiguousarray(x).view(np.uint8) * np.uint8(255)
+    dtypes: dict[str, type] = {"u1": np.uint8, "f2": np.float32, "f4": np.float32, "f8": np.float64}
+    dtype = dtypes.get(x.dtype.str[1:])
+    if dtype is None:
+        raise DataError(f"{name}: dtype {x.dtype}, expected uint8 (for x / 255), bool or float; convert it")
+    return np.ascontiguousarray(x, dtype=dtype)
+
+
+def _check_finite(x: Array, name: str) -> None:
+    """Raises DataError for what is NaN or infinite in float32, reading x once, a piece at a time."""
+    step = max(1, _SCAN_BYTES // max(1, x[0].nbytes))
+    count, first = 0, ""
+    for start in range(0, x.shape[0], step):
+        with np.errstate(invalid="ignore", over="ignore"):
+            piece = x[start : start + step].astype(np.float32, copy=False)
+            if np.isfinite(np.sum(piece, dtype=np.float64)):
+                continue
+        bad = np.argwhere(~np.isfinite(piece))
+        if len(bad) and not first:
+            value = piece[tuple(bad[0])]
+            first = f"the first {value} at {[start + int(bad[0][0]), *map(int, bad[0][1:])]}"
+        count += len(bad)
+    if count:
+        raise DataError(f"{name}: {count} values are NaN or infinite, {first}; expected finite float32")
+
+
+def _labels(y: Array, n_samples: int, name: str) -> npt.NDArray[np.int64]:
+    if y.shape != (n_samples,):
+        raise DataError(f"{name}: labels of shape {list(y.shape)}, expected [{n_samples}], one a sample")
+    if y.dtype.kind not in "biu":
+        raise DataError(f"{name}: labels of dtype {y.dtype}, expected integers")
+    return np.ascontiguousarray(y, dtype=np.int64)
+
+
+def _is_channels_last(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 4 and shape[1] not in _IMAGE_CHANNELS and shape[3] in _IMAGE_CHANNELS
