@@ -1,0 +1,62 @@
+"""The command line: `fastvae`, and `python -m fastvae`. torch is imported only by a command that runs."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ..training.config import ConfigError
+from . import train
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastvae: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, or 2 for bad input, 1 for a failed training, 130 for Ctrl-C."""
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, arguments.options, n=1)
+        parser.error(f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt as interrupt:
+        print(f"fastvae: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # what fastvae raises on purpose has a class of its own; all else is a bug, and shows its traceback
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("fastvae."):
+            raise
+        if getattr(arguments, "debug", False):
+            traceback.print_exc()
+        print(f"fastvae: error: {_one_line(error)}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+    return 0
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="fastvae", description="Train variational autoencoders.", allow_abbrev=False)
+    version = importlib.metadata.version("fastvae")
+    parser.add_argument("--version", action="version", version=f"fastvae {version}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    train.add_command(commands)
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ConfigError):
+        return f"--{error.option.replace('_', '-')}: {error.problem}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())

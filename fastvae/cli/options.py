@@ -1,0 +1,51 @@
+"""Command line options made of TrainConfig's fields, so that each is stated once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Literal, get_args, get_origin
+
+from ..training.config import TrainConfig
+
+METAVARS = {
+    "data": "NAME|PATH",
+    "val": "FILE|FRACTION",
+    "variance": "F|learned",
+    "beta": "F",
+    "lr": "F",
+    "out": "DIR",
+}
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> list[str]:
+    """Add an option for each field, without a type: TrainConfig reads the strings. Returns the flags."""
+    flags = []
+    for name, field in TrainConfig.model_fields.items():
+        flag, text = "--" + name.replace("_", "-"), (field.description or "").replace("%", "%%")
+        flags.append(flag)
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        choices = _choices(field.annotation)
+        parser.add_argument(
+            flag,
+            metavar=METAVARS.get(name) or "|".join(choices) or "N",
+            nargs="+" if name == "hidden" else None,
+            default=argparse.SUPPRESS,
+            help=text if field.default is None else f"{text} (default: {field.default})",
+        )
+    return flags
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The values of a Literal, or of one that may be absent."""
+    for kind in (annotation, *get_args(annotation)):
+        if get_origin(kind) is Literal:
+            return get_args(kind)
+    return ()
+
+
+def train_config(arguments: argparse.Namespace) -> TrainConfig:
+    """The options that were given, validated. Raises ConfigError for a wrong value."""
+    given: dict[str, Any] = vars(arguments)
+    return TrainConfig(**{name: given[name] for name in TrainConfig.model_fields if name in given})

@@ -1,0 +1,210 @@
+"""`fastvae train`: data, model, training, test, pictures, and the folder that holds them."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..training.config import ConfigError, TrainConfig
+from .options import add_train_options, train_config
+
+if TYPE_CHECKING:
+    from ..data import DataLoader, Dataset, Source
+    from ..models import VAE
+    from ..ops import ELBOTerms
+    from ..training.trainer import TrainResult
+
+RECONSTRUCTED = 32  # data in reconstructions.png
+SAMPLED = 64  # draws in samples.png
+EVALUATED = 256  # data at a time; no result depends on it
+COLLAPSED = 1.0  # nats; with a smaller KL the latents say almost nothing of the data
+
+
+def add_command(commands: Any) -> None:
+    """Add `train` to argparse's subcommands."""
+    parser = commands.add_parser(
+        "train", help="train a VAE", description="Train a VAE and leave a run folder.", allow_abbrev=False
+    )
+    parser.set_defaults(run=run, options=add_train_options(parser))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train as the command line says; nothing is written before every option and the data are checked."""
+    config = train_config(arguments)
+
+    import torch
+
+    from ..data import resolve
+    from ..inference.evaluate import evaluate
+    from ..ops import resolve_impl
+    from ..training.device import choose_device
+    from ..training.run_folder import CHECKPOINTS_NAME, check_run_folder
+    from ..training.trainer import Trainer
+
+    if config.out is not None:
+        check_run_folder(Path(config.out), config.overwrite)
+    choose_device(config.device)
+
+    data = resolve(config.data, config.download)
+    out = Path(config.out or f"runs/{data.name}-{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    config = config.replace(
+        data=config.data or data.name, likelihood=_likelihood(config, data.name), out=str(out)
+    )
+    train, val, test = _loaders(config, data)
+    torch.manual_seed(config.seed)
+    model = _build_model(config, train.item_shape)
+    trainer = Trainer(model, train, val, config=config)
+
+    impl, impl_reason = resolve_impl("auto", trainer.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    amp_dtype = str(trainer.amp_dtype).removeprefix("torch.")
+    print(
+        f"model: {config.model}, {config.latent_dim} latents, {parameters:,} parameters, "
+        f"{config.likelihood} likelihood"
+    )
+    print(f"device: {trainer.device} ({trainer.device_reason}), {amp_dtype} ({trainer.amp_reason})")
+    print(f"operators: {impl} ({impl_reason})", flush=True)
+    try:
+        result = trainer.fit()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_what_is_left(out / CHECKPOINTS_NAME)}") from None
+    test_terms = None if test is None else evaluate(model, test, seed=config.seed)
+    summary = {
+        **_losses(test_terms, result),
+        "epochs": len(result.history),
+        "best_epoch": result.best["epoch"],
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "samples_per_second": result.samples_per_second,
+        "device": trainer.device.type,
+        "impl": impl,
+        "amp_dtype": amp_dtype,
+        "parameters": parameters,
+        "seed": config.seed,
+        "versions": _versions(),
+    }
+    _write_run(out, model, val, summary)
+    if config.likelihood == "mse" and result.best["val_kl"] < COLLAPSED:
+        found = f"the latents are hardly used (KL {result.best['val_kl']:.2g} nats)"
+        print(f"{found}: mse stands for a variance of 1/2; --likelihood gaussian learns one that fits")
+    _print_end(summary, out)
+
+
+def _likelihood(config: TrainConfig, data: str) -> Literal["mse", "gaussian", "bernoulli"]:
+    """What was asked for, else mse; but its variance of 1/2 is more than most of what digits varies."""
+    if config.likelihood is not None:
+        return config.likelihood
+    return "gaussian" if data == "digits" or config.variance is not None else "mse"
+
+
+def _loaders(config: TrainConfig, data: Dataset) -> tuple[DataLoader, DataLoader, DataLoader | None]:
+    """The loaders of training, validation and test data."""
+    from ..data import DataLoader, open_source, split
+
+    train_rows, val_rows, val_source = None, None, data.train
+    if isinstance(config.val, str):
+        val_source = open_source(config.val)
+    else:
+        try:
+            train_rows, val_rows = split(data.train.n_samples, config.val, config.seed)
+        except ValueError as error:
+            raise ConfigError("val", str(error)) from error
+    if config.likelihood == "bernoulli":
+        for source in (data.train, val_source, data.test):
+            if source is not None:
+                _check_unit_interval(source)
+    train = DataLoader(data.train, config.batch_size, shuffle=True, seed=config.seed, indices=train_rows)
+    val = DataLoader(val_source, EVALUATED, indices=val_rows)
+    test = None if data.test is None else DataLoader(data.test, EVALUATED)
+    if val.item_shape != train.item_shape:
+        raise ConfigError("val", f"got {config.val} with items of {_shape(val)}, expected {_shape(train)}")
+    if config.model == "conv" and len(train.item_shape) != 3:
+        expected = "channels x height x width; mlp takes any shape"
+        raise ConfigError("model", f"got conv for items of {_shape(train)}, expected {expected}")
+    if data.note:
+        print(data.note)
+    loaders = {"training": train, "validation": val} | ({} if test is None else {"test": test})
+    sizes = ", ".join(f"{loader.n_samples:,} for {use}" for use, loader in loaders.items())
+    print(f"data: {data.name}, items of {_shape(train)}, {sizes}")
+    return train, val, test
+
+
+def _check_unit_interval(source: Source) -> None:
+    if source.x.dtype.kind != "f":
+        return
+    low, high = float(source.x.min()), float(source.x.max())
+    if low < 0 or high > 1:
+        found = f"{source.name} with values from {low:g} to {high:g}"
+        raise ConfigError("likelihood", f"got bernoulli for {found}, expected values in [0, 1]")
+
+
+def _shape(loader: DataLoader) -> str:
+    return " x ".join(map(str, loader.item_shape))
+
+
+def _build_model(config: TrainConfig, item_shape: tuple[int, ...]) -> VAE:
+    from ..models import VAE
+
+    likelihood = config.likelihood or "mse"
+    if config.model == "conv":
+        return VAE.conv(item_shape, config.latent_dim, likelihood=likelihood, variance=config.variance)
+    return VAE.mlp(
+        item_shape,
+        (400,) if config.hidden is None else config.hidden,
+        config.latent_dim,
+        likelihood=likelihood,
+        variance=config.variance,
+    )
+
+
+def _losses(test: ELBOTerms | None, result: TrainResult) -> dict[str, float | None]:
+    """test_* at beta = 1; val_loss at the beta of the training. Both with the weights of the best epoch."""
+    terms = {f"test_{name}": float(term) for name, term in test._asdict().items()} if test else {}
+    absent = dict.fromkeys(("test_loss", "test_recon", "test_kl"))
+    return {**absent, **terms, "val_loss": result.best["val_loss"]}
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("fastvae", "torch", "triton"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _write_run(out: Path, model: VAE, val: DataLoader, summary: dict[str, Any]) -> None:
+    """What a finished run leaves beside train.toml, metrics.jsonl and checkpoints/."""
+    from .. import models
+    from ..inference import evaluate, generate, plots
+    from ..training import run_folder
+
+    device = next(model.parameters()).device
+    x = next(evaluate.inputs(val, device))[:RECONSTRUCTED]
+    models.save(model, out)
+    plots.save_reconstructions(out / run_folder.RECONSTRUCTIONS_NAME, x, generate.reconstruct(model, x))
+    plots.save_samples(out / run_folder.SAMPLES_NAME, generate.sample(model, SAMPLED, seed=summary["seed"]))
+    models.files.write_json(out / run_folder.SUMMARY_NAME, summary)
+
+
+def _print_end(summary: dict[str, Any], out: Path) -> None:
+    print(f"validation loss {summary['val_loss']:.4f} nats, in epoch {summary['best_epoch']}")
+    if summary["test_loss"] is not None:
+        print(
+            f"test loss {summary['test_loss']:.4f} nats: "
+            f"recon {summary['test_recon']:.4f}, KL {summary['test_kl']:.4f}"
+        )
+    print(f"trained on {summary['samples_per_second']:,.0f} samples/s for {summary['seconds']:.1f} s")
+    print(f"run: {out}")
+
+
+def _what_is_left(checkpoints: Path) -> str:
+    from ..training.checkpoint import LAST_NAME
+
+    last = checkpoints / LAST_NAME
+    return f"the weights of the last full epoch are in {last}" if last.exists() else "no epoch was full"

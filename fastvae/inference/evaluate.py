@@ -1,0 +1,58 @@
+"""The negative ELBO of a model on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..loss import ELBOLoss
+from ..models import VAE
+from ..ops import ELBOTerms, sample_and_kl
+
+Batch = Tensor | Sequence[Tensor]
+
+
+def negative_elbo(model: VAE, beta: float = 1.0) -> ELBOLoss:
+    """The loss of `model`: -log p(x|z) under its likelihood, with its variance, plus beta times the KL."""
+    return ELBOLoss(model.likelihood, beta=beta, log_variance=model.log_variance)
+
+
+def inputs(batches: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
+    """The x of each batch, which is x or (x, y), on `device`."""
+    for batch in batches:
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        yield x.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def evaluate(
+    model: VAE, batches: Iterable[Batch], *, loss: ELBOLoss | None = None, seed: int = 0
+) -> ELBOTerms:
+    """The loss and its terms over all data, in nats a datum: eval mode, float32, one z a datum.
+
+    batches: x [B, *item] or (x, y) each. A datum's noise depends on `seed` and on its place among the data,
+        not on the batch size.
+    loss: its averages over batches are weighted by their sizes; None is the negative ELBO at beta = 1.
+
+    Returns float64 scalars. The model is left in the mode it was in. Raises ValueError for no data.
+    """
+    loss = negative_elbo(model) if loss is None else loss
+    device = next(model.parameters()).device
+    sums = torch.zeros(len(ELBOTerms._fields), dtype=torch.float64, device=device)
+    count = 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(device.type, enabled=False):
+            for x in inputs(batches, device):
+                mu, logvar = model.encode(x)
+                z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=count)
+                sums += torch.stack(loss.terms(model.decode(z), x, kl=kl)).double() * len(x)
+                count += len(x)
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise ValueError("batches: got no data to evaluate on, expected at least one batch")
+    return ELBOTerms(*(sums / count).cpu())

@@ -1,0 +1,1 @@
+"""The training of a model: configuration, step, trainer, checkpoints, progress."""

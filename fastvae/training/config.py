@@ -1,0 +1,143 @@
+"""Every option of a training in one validated structure, which TOML holds and the command line is made of.
+
+Imports neither torch nor numpy: `fastvae train --help` needs only this.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ConfigError(ValueError):
+    """An option that does not exist or has no such value; `option` is its name in TrainConfig."""
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(f"{option}: {problem}")
+        self.option = option
+        self.problem = problem
+
+
+def _variance(value: Any) -> Any:
+    return value if value in (None, "learned") else _number(value, 0, None, "a number above 0, or 'learned'")
+
+
+def _file_or_fraction(value: Any) -> Any:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return value
+    return _number(value, 0, 1, "a fraction between 0 and 1, or a file")
+
+
+def _number(value: Any, above: float, below: float | None, expected: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = above
+    if not above < number < (float("inf") if below is None else below):
+        raise PydanticCustomError("number", "Input should be {expected}", {"expected": expected})
+    return number
+
+
+Width = Annotated[int, Field(ge=1)]
+
+
+class TrainConfig(BaseModel):
+    """The options of `fastvae train`; immutable. Raises ConfigError for a wrong name or value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    data: str | None = Field(
+        None,
+        description="fashion-mnist, mnist, digits, or a path: .npy, .npz, a folder of IDX files "
+        "(default: fashion-mnist if it is on this machine, else digits)",
+    )
+    val: Annotated[float | str, BeforeValidator(_file_or_fraction)] = Field(
+        0.1, description="validation data: a file, or a fraction of the training data"
+    )
+    model: Literal["mlp", "conv"] = Field("mlp", description="architecture of encoder and decoder")
+    hidden: tuple[Width, ...] | None = Field(
+        None, description="widths of the mlp's hidden layers, mirrored in the decoder (default: 400)"
+    )
+    latent_dim: int = Field(20, ge=1, description="number of latents")
+    likelihood: Literal["mse", "gaussian", "bernoulli"] | None = Field(
+        None,
+        description="p(x|z): mse is the squared error, gaussian has --variance, bernoulli is from logits "
+        "(default: mse; gaussian on digits, and with --variance)",
+    )
+    variance: Annotated[float | Literal["learned"] | None, BeforeValidator(_variance)] = Field(
+        None, description="variance of a gaussian p(x|z): a number, or learned (default: learned)"
+    )
+    beta: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of the KL term")
+    epochs: int | None = Field(
+        None, ge=1, description="passes over the training data (default: 10, or more where the data are few)"
+    )
+    batch_size: int = Field(128, ge=1, description="data in a step")
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate")
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw decays weights by 0.01")
+    amp: bool = Field(False, description="compute in bf16, or fp16, where the device is made for it")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    seed: int = Field(0, ge=0, lt=2**63, description="makes the run repeatable")
+    out: str | None = Field(None, description="run folder (default: runs/<data>-<model>-<time>)")
+    overwrite: bool = Field(False, description="replace the run that is in --out")
+    download: bool = Field(False, description="fetch named data that is not on this machine")
+    debug: bool = Field(False, description="show the traceback of an error")
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise _first_problem(error) from None
+        if self.variance is not None and self.likelihood not in (None, "gaussian"):
+            got = f"got {self.variance} with likelihood {self.likelihood}"
+            raise ConfigError("variance", f"{got}, expected it with gaussian only")
+        if self.hidden is not None and self.model != "mlp":
+            got = f"got {' '.join(map(str, self.hidden))} with model {self.model}"
+            raise ConfigError("hidden", f"{got}, expected it with mlp only")
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str]) -> TrainConfig:
+        """The options in a TOML file, such as a run's train.toml.
+
+        Raises ConfigError for a wrong name or value, ValueError for a file that is not TOML, OSError for
+        one that cannot be read.
+        """
+        with open(path, "rb") as file:
+            try:
+                options = tomllib.load(file)
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}: expected a TOML file: {error}") from error
+        return cls(**options)
+
+    def to_toml(self) -> str:
+        """The options as TOML; those without a value are left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """The same options with some changed, validated again."""
+        return TrainConfig(**{**self.model_dump(), **changes})
+
+
+def _first_problem(error: ValidationError) -> ConfigError:
+    """The first problem that pydantic found, in one line: what was got, what was expected."""
+    problem = error.errors(include_url=False)[0]
+    option, message = str(problem["loc"][0]), problem["msg"]
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(option, TrainConfig.model_fields, n=1)
+        return ConfigError(option, "no such option" + (f"; did you mean {near[0]}?" if near else ""))
+    expected = message.removeprefix("Input should be ").split(", unable to parse")[0]
+    if expected.startswith(("greater", "less")):
+        expected = f"a number {expected}"
+    return ConfigError(option, f"got {problem['input']!r}, expected {expected}")

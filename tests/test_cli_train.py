@@ -1,0 +1,301 @@
+"""`fastvae train` as a user types it, on scikit-learn's digits."""
+
+import argparse
+import gzip
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from fastvae import VAE, DataLoader, load
+from fastvae.cli import main
+from fastvae.cli.train import run as run_command
+from fastvae.data import split
+from fastvae.inference.evaluate import evaluate
+from fastvae.inference.generate import reconstruct, sample
+from fastvae.inference.plots import save_reconstructions, save_samples
+from fastvae.training.config import TrainConfig
+
+COMMAND = [sys.executable, "-m", "fastvae"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "120"}
+OPTIONS = ["--data", "digits", "--epochs", "30", "--hidden", "128", "64"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small data: threads would only wait for each other where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run folder, and what the command printed."""
+    folder = tmp_path_factory.mktemp("train")
+    done = subprocess.run(
+        [*COMMAND, "train", *OPTIONS, "--seed", "3", "--amp", "--out", "run"],
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder / "run", done.stdout
+
+
+@pytest.fixture
+def validation():
+    """The digits that a run with seed 3 validates on, [180, 1, 8, 8]."""
+    images = (load_digits().images / 16).astype(np.float32)
+    _, rows = split(len(images), 0.1, 3)
+    return torch.from_numpy(images[rows, None])
+
+
+def _summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_the_run_folder_is_complete(finished):
+    run, _ = finished
+    assert {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} == {
+        "model.safetensors", "config.json", "train.toml", "metrics.jsonl", "summary.json",
+        "reconstructions.png", "samples.png", "checkpoints/last.safetensors", "checkpoints/best.safetensors",
+    }  # fmt: skip
+
+
+def test_the_summary(finished):
+    run, _ = finished
+    summary = _summary(run)
+    assert [summary[f"test_{term}"] for term in ("loss", "recon", "kl")] == [None] * 3  # no test set here
+    assert (summary["epochs"], summary["steps"], summary["seed"]) == (30, 30 * 13, 3)
+    assert summary["samples_per_second"] == pytest.approx(30 * 1617 / summary["seconds"])
+    assert summary["parameters"] == sum(w.numel() for w in load_file(run / "model.safetensors").values())
+    assert summary["amp_dtype"] in ("bfloat16", "float16", "float32")
+    assert summary["versions"].keys() == {"fastvae", "torch", "triton", "python"}
+    assert summary["versions"]["torch"] == torch.__version__
+    if summary["device"] == "cpu":
+        assert summary["impl"] == "native"
+
+
+def test_the_loss_is_below_that_of_the_mean_digit(finished, validation):
+    run, _ = finished
+    images = torch.from_numpy(load_digits().images / 16)
+    variance = float((images - images.mean(0)).square().mean())
+    mean_digit = 32 * (math.log(2 * math.pi * variance) + 1)  # nats, with the best variance for it
+    assert _summary(run)["val_loss"] < mean_digit - 10
+    losses = [json.loads(line)["train_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+
+
+def test_the_loaded_model_is_the_one_that_was_validated(finished, validation, tmp_path):
+    run, _ = finished
+    model = load(run)
+    loss = evaluate(model, DataLoader(validation, 128), seed=3).loss
+    assert loss.item() == pytest.approx(_summary(run)["val_loss"], rel=1e-4)
+    x = validation[:32]
+    save_reconstructions(tmp_path / "reconstructions.png", x, reconstruct(model, x))
+    save_samples(tmp_path / "samples.png", sample(model, 64, seed=3))
+    for name in ("reconstructions.png", "samples.png"):
+        with Image.open(run / name) as theirs, Image.open(tmp_path / name) as ours:
+            assert theirs.size == ours.size
+            assert np.abs(np.asarray(theirs, int) - np.asarray(ours, int)).max() <= 1
+
+
+def test_it_says_what_was_chosen_and_where_the_run_lies(finished):
+    _, printed = finished
+    lines = printed.splitlines()
+    for start in ("data: digits, items of 1 x 8 x 8, 1,617 for training, 180 for validation", "model: mlp, ",
+                  "device: ", "operators: ", "epoch 1/30  loss ", "epoch 30/30  loss ", "validation loss "):
+        assert sum(line.startswith(start) for line in lines) == 1, start
+    assert lines[-1] == "run: run"
+
+
+def test_train_toml_gives_the_same_run_again(finished, tmp_path):
+    run, _ = finished
+    config = TrainConfig.from_toml(run / "train.toml").replace(out=str(tmp_path / "again"))
+    run_command(argparse.Namespace(**config.model_dump()))
+    assert TrainConfig.from_toml(tmp_path / "again" / "train.toml") == config
+    first, second = _summary(run), _summary(tmp_path / "again")
+    assert first["val_loss"] == second["val_loss"]
+
+
+def test_conv_on_idx_files_with_a_test_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pixels = (load_digits().images * 15).astype(np.uint8)
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    for name, part in (("train", pixels[:1500]), ("t10k", pixels[1500:])):
+        content = struct.pack(">4I", 0x803, *part.shape) + part.tobytes()
+        (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+    assert main(["train", "--data", "idx", "--model", "conv", "--epochs", "2", "--beta", "0.5"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"idx-conv-\d{8}-\d{6}", run.name)
+    summary = _summary(run)
+    assert summary["test_loss"] == pytest.approx(summary["test_recon"] + summary["test_kl"], rel=1e-6)
+    test = DataLoader(pixels[1500:], 128)
+    assert evaluate(load(run), test).loss.item() == pytest.approx(summary["test_loss"], rel=1e-4)
+    assert "297 for test" in capsys.readouterr().out
+
+
+def _npy(path, array):
+    np.save(path, array)
+    return str(path)
+
+
+def _bad_data(tmp_path):
+    """Options that cannot work, and what the error must name."""
+    rng = np.random.default_rng(0)
+    narrow = _npy(tmp_path / "narrow.npy", rng.random((9, 5)))
+    good = _npy(tmp_path / "good.npy", rng.random((50, 6), dtype=np.float32))
+    with_nan = rng.random((50, 6), dtype=np.float32)
+    with_nan[7, 3] = np.nan
+    (tmp_path / "magic-idx3-ubyte").write_bytes(struct.pack(">4I", 0x999, 1, 1, 1))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:-100])
+    (tmp_path / "pickled.npy").write_bytes(pickle.dumps([1, 2, 3]))
+    (tmp_path / "file").touch()
+    np.save(tmp_path / "objects.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").touch()
+    return {
+        "missing file": (["--data", "nowhere.npy"], "nowhere.npy"),
+        "wrong magic number": (["--data", "magic-idx3-ubyte"], "magic"),
+        "truncated file": (["--data", "cut.npy"], "truncated"),
+        "NaN": (["--data", _npy(tmp_path / "nan.npy", with_nan)], "nan"),
+        "empty array": (["--data", _npy(tmp_path / "empty.npy", np.zeros((0, 4), np.float32))], "empty"),
+        "objects": (["--data", "objects.npy"], "objects.npy"),
+        "pickle": (["--data", "pickled.npy"], "pickled.npy"),
+        "unknown data": (["--data", "digit"], "digits"),
+        "unknown model": (["--model", "rnn"], "--model: got 'rnn', expected 'mlp' or 'conv'"),
+        "unknown option": (["--epoch", "3"], "--epoch: no such option; did you mean --epochs?"),
+        "no value": (["--epochs"], "--epochs"),
+        "negative epochs": (["--epochs", "-1"], "--epochs: got '-1', expected"),
+        "fraction": (["--val", "1.5"], "--val: got '1.5', expected a fraction between 0 and 1"),
+        "too small a fraction": (["--data", good, "--val", "0.001"], "--val: "),
+        "missing validation file": (["--data", good, "--val", "nowhere.npy"], "nowhere.npy"),
+        "other items": (["--data", good, "--val", narrow], "with items of 5, expected 6"),
+        "variance": (["--variance", "0.1", "--likelihood", "mse"], "--variance: got 0.1 with likelihood mse"),
+        "conv": (["--data", good, "--model", "conv"], "--model: got conv for items of 6"),
+        "bernoulli": (
+            ["--data", _npy(tmp_path / "big.npy", 9 * np.ones((9, 5))), "--likelihood", "bernoulli"],
+            "--likelihood: got bernoulli",
+        ),
+        "full folder": (["--data", good, "--out", "full"], "--out: got 'full', which is not empty"),
+        "a file in the way": (["--data", good, "--out", "file/run"], "--out: got 'file/run', but file is"),
+        "cuda": (["--device", "cuda"], "--device: got 'cuda'"),
+    }
+
+
+BAD = [
+    "missing file", "wrong magic number", "truncated file", "NaN", "empty array", "objects", "pickle",
+    "unknown data", "unknown model", "unknown option", "no value", "negative epochs", "fraction",
+    "too small a fraction", "missing validation file", "other items", "variance", "conv", "bernoulli",
+    "full folder", "a file in the way",
+    pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options, named = _bad_data(tmp_path)[case]
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        status = main(["train", *options])
+    except SystemExit as stopped:
+        status = stopped.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.startswith("fastvae: error: ")
+    assert named in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_real_process_ends_with_status_2_and_one_line(tmp_path):
+    done = subprocess.run(
+        [*COMMAND, "train", "--data", "nowhere.npy"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"fastvae: error: .*nowhere\.npy.*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["train", "--data", "nowhere.npy", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err
+    assert err.splitlines()[-1].startswith("fastvae: error: ")
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    monkeypatch.setattr("fastvae.training.device.choose_device", lambda name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--data", "digits"])
+
+
+def test_a_training_that_diverges(tmp_path, capsys):
+    status = main(["train", "--data", "digits", "--lr", "1e30", "--out", str(tmp_path / "run")])
+    err = capsys.readouterr().err
+    assert status == 1
+    assert re.fullmatch(r"fastvae: error: the training loss is not finite in epoch 1, .*\n", err)
+
+
+def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
+    with subprocess.Popen(
+        [*COMMAND, "train", "--data", "digits", "--epochs", "1000000", "--out", "run"],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.fullmatch(r"fastvae: interrupted; .* in run/checkpoints/last\.safetensors\n", err)
+    model = VAE.from_config(json.loads((tmp_path / "run" / "config.json").read_text()))
+    model.load_state_dict(load_file(tmp_path / "run" / "checkpoints" / "last.safetensors"))
+
+
+def test_a_live_bar_on_a_terminal(tmp_path):
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "train", "--data", "digits", "--epochs", "3", "--out", "run"],
+        cwd=tmp_path, stdout=theirs, env=ENVIRONMENT,
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while piece := os.read(ours, 4096):
+                shown += piece
+        except OSError:  # how Linux says that the terminal's other end is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"epoch 3/3 .*loss .*recon .*KL .* samples/s", text)
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--version"], ["--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^fastvae \d+\.\d+", out)
+    for name in TrainConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in out

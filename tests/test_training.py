@@ -1,0 +1,240 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastvae
+from fastvae import VAE, DataLoader, ELBOLoss
+from fastvae.inference.evaluate import evaluate
+from fastvae.training import device as device_module
+from fastvae.training.config import ConfigError, TrainConfig
+from fastvae.training.device import choose_amp_dtype, choose_device
+from fastvae.training.step import TrainStep, make_optimizer
+from fastvae.training.trainer import Trainer, TrainingError
+
+NOISE = 0.3  # standard deviation of what two latents cannot explain
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small data: threads would only wait for each other where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(seed):
+    """[600, 16]: a plane in 16 dimensions, and noise."""
+    rng = np.random.default_rng(seed)
+    plane = rng.standard_normal((600, 2)) @ rng.standard_normal((2, 16))
+    return (plane + NOISE * rng.standard_normal((600, 16))).astype(np.float32)
+
+
+def _fit(data, model=None, val=True, **options):
+    torch.manual_seed(options.get("seed", 0))
+    model = VAE.mlp((16,), (32,), 2) if model is None else model
+    train = DataLoader(data[:500], 64, shuffle=True, seed=options.get("seed", 0))
+    options = {"epochs": 3, "device": "cpu"} | options
+    validation = DataLoader(data[500:], 64) if val else None
+    trainer = Trainer(model, train, validation, config=TrainConfig(**options))
+    return trainer, trainer.fit()
+
+
+def test_the_loss_falls_and_the_rows_say_so(data, tmp_path):
+    trainer, result = _fit(data, epochs=8, lr=3e-3, out=str(tmp_path / "run"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == result.history
+    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    assert [row["step"] for row in rows] == [8 * epoch for epoch in range(1, 9)]
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
+    for row in rows:
+        assert row["train_loss"] == pytest.approx(row["train_recon"] + row["train_kl"], rel=1e-4)
+        assert row["val_loss"] == pytest.approx(row["val_recon"] + row["val_kl"], rel=1e-4)
+        assert row["samples_per_second"] > 0
+    assert result.best["val_loss"] == min(row["val_loss"] for row in rows)
+    assert result.steps == 64
+    assert result.samples_per_second == pytest.approx(8 * 500 / result.seconds)
+    assert trainer.config == TrainConfig.from_toml(tmp_path / "run" / "train.toml")
+
+
+def test_the_model_ends_with_the_best_weights(data, tmp_path):
+    # a learning rate at which the validation loss goes up and down
+    trainer, result = _fit(data, epochs=12, lr=0.05, out=str(tmp_path))
+    val = DataLoader(data[500:], 64)
+    loss = evaluate(trainer.model, val, seed=0).loss.item()
+    assert loss == pytest.approx(result.best["val_loss"], rel=1e-6)
+    best = load_file(tmp_path / "checkpoints" / "best.safetensors")
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, best[name])
+    trainer.model.load_state_dict(load_file(tmp_path / "checkpoints" / "last.safetensors"))
+    last = float(evaluate(trainer.model, val, seed=0).loss)
+    assert last == pytest.approx(result.history[-1]["val_loss"], rel=1e-6)
+
+
+def test_without_validation_the_last_weights_are_kept(data, tmp_path):
+    trainer, result = _fit(data, val=False, out=str(tmp_path))
+    assert result.best is result.history[-1]
+    assert result.best["val_loss"] is None
+    last = load_file(tmp_path / "checkpoints" / "last.safetensors")
+    assert all(torch.equal(w, last[name]) for name, w in trainer.model.state_dict().items())
+
+
+def test_one_seed_gives_one_result(data):
+    first, second, other = (_fit(data, seed=seed)[1].history for seed in (5, 5, 6))
+    losses = [[row["val_loss"] for row in history] for history in (first, second, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_without_a_folder_nothing_is_written(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _fit(data)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_learned_variance_comes_to_the_residual_variance(data):
+    model = VAE.mlp((16,), (), 2, likelihood="gaussian", variance="learned")
+    _fit(data, model, epochs=150, lr=1e-2)
+    assert model.log_variance.exp().item() == pytest.approx(NOISE**2, rel=0.15)
+
+
+@pytest.mark.parametrize("likelihood", ["mse", "gaussian", "bernoulli"])
+def test_every_likelihood_trains(data, likelihood):
+    low, high = data.min(), data.max()
+    _, result = _fit((data - low) / (high - low), VAE.mlp((16,), (32,), 2, likelihood=likelihood), lr=3e-3)
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+
+
+def test_beta_weighs_the_kl(data):
+    histories = [_fit(data, beta=beta, epochs=6, lr=3e-3)[1].history for beta in (0.1, 10.0)]
+    assert histories[0][-1]["train_kl"] > histories[1][-1]["train_kl"]
+    row = histories[1][-1]
+    assert row["val_loss"] == pytest.approx(row["val_recon"] + 10 * row["val_kl"], rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(data, tmp_path):
+    message = r"loss is not finite in epoch 1, found at step [1-8]: .*lower --lr"
+    with pytest.raises(TrainingError, match=message):
+        _fit(data, lr=1e30, out=str(tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_interrupt_leaves_the_last_epoch(data, tmp_path):
+    class Interrupted(DataLoader):
+        def set_epoch(self, epoch):
+            if epoch == 2:
+                raise KeyboardInterrupt
+            super().set_epoch(epoch)
+
+    trainer = Trainer(
+        VAE.mlp((16,), (8,), 2), Interrupted(data, 64), config=TrainConfig(epochs=5, out=str(tmp_path))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    last = load_file(tmp_path / "checkpoints" / "last.safetensors")
+    assert all(torch.equal(w.cpu(), last[name]) for name, w in trainer.model.state_dict().items())
+
+
+def test_an_earlier_run_is_replaced_and_other_files_stay(data, tmp_path):
+    _fit(data, out=str(tmp_path))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty; give --overwrite"):
+        _fit(data, out=str(tmp_path))
+    _fit(data, out=str(tmp_path), overwrite=True, epochs=1)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_small_data_get_more_epochs_by_default(data):
+    epochs = [
+        Trainer(VAE.mlp((16,)), DataLoader(data, batch)).config.epochs for batch in (1, 128, 600)
+    ]
+    assert epochs == [10, 200, 1000]
+
+
+def test_other_loaders_work(data):
+    dataset = torch.utils.data.TensorDataset(torch.from_numpy(data), torch.zeros(len(data)))
+    loader = torch.utils.data.DataLoader(dataset, 100)
+    assert Trainer(VAE.mlp((16,)), loader, config=TrainConfig(epochs=1)).fit().steps == 6
+
+
+def test_plain_lines_one_an_epoch(data, capsys):
+    _fit(data, epochs=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert all("recon" in line and "KL" in line and "samples/s" in line for line in lines)
+
+
+def test_evaluate_does_not_depend_on_the_batch_size_nor_on_the_callers_modes(data, seed):
+    torch.manual_seed(seed)
+    model = VAE.mlp((16,), (32,), 2)
+    whole = evaluate(model, DataLoader(data, 600), seed=seed)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = evaluate(model, DataLoader(data, 77), seed=seed)
+    assert model.training
+    for one, other in zip(whole, parts, strict=True):
+        assert one.dtype == torch.float64
+        assert one.item() == pytest.approx(other.item(), rel=1e-5)
+    assert evaluate(model, DataLoader(data, 600), seed=seed + 1).recon != whole.recon
+
+
+def test_evaluate_is_the_average_of_the_elbo(data, seed):
+    model = VAE.mlp((16,), (32,), 2, likelihood="gaussian", variance=0.3)
+    x = torch.from_numpy(data)
+    with torch.no_grad():
+        mu, logvar = model.encode(x)
+        x_hat = model.decode(fastvae.reparameterize(mu, logvar, seed=seed))
+        loss = ELBOLoss("gaussian", log_variance=math.log(0.3))(x_hat, x, mu, logvar)
+    evaluated = evaluate(model, DataLoader(data, 50), seed=seed).loss
+    assert evaluated.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_evaluate_of_nothing(data):
+    with pytest.raises(ValueError, match="no data"):
+        evaluate(VAE.mlp((16,)), [])
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
+def test_a_step_in_low_precision_follows_float32(data, amp_dtype, seed):
+    x = torch.from_numpy(data[:64])
+    losses = {}
+    for dtype in (torch.float32, amp_dtype):
+        torch.manual_seed(seed)
+        model = VAE.mlp((16,), (32,), 2)
+        loss = ELBOLoss()
+        step = TrainStep(model, loss, make_optimizer(model, loss, "adam", 1e-2), dtype)
+        for _ in range(150):
+            step(x)
+        step.reset()
+        step(x)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        losses[dtype] = step.averages()[0]
+    assert losses[amp_dtype] == pytest.approx(losses[torch.float32], rel=0.1)
+
+
+def test_amp_is_float32_on_a_cpu_that_is_not_made_for_bf16(monkeypatch):
+    cpu = torch.device("cpu")
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(device_module._native, "bf16_supported", lambda s=supported: s)
+        assert choose_amp_dtype(cpu, amp=True)[0] == expected
+        assert choose_amp_dtype(cpu, amp=False)[0] == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_where_there_is_none():
+    assert choose_device("auto")[0].type == "cpu"
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        choose_device("cuda")
+
+
+def test_weight_decay_spares_the_learned_variance():
+    model = VAE.mlp((4,), likelihood="gaussian", variance="learned")
+    loss = ELBOLoss("gaussian", log_variance=model.log_variance)
+    groups = make_optimizer(model, loss, "adamw", 1e-3).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    assert [len(group["params"]) for group in groups] == [8, 1]
