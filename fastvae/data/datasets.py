@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch  # noqa: F401 -- brings the OpenMP runtime that _native is linked against
 
 from .. import _native
 from .sources import DataError, Source, idx_path, open_idx_folder, open_source, source_from_arrays
