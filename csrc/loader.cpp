@@ -270,7 +270,7 @@ struct Batches::State {
           n_batches(n_batches_),
           pool(std::move(pool_)),
           kernel(kernel_for(table_)),
-          slots(static_cast<std::size_t>(3 * workers + 1)) {}
+          slots(static_cast<std::size_t>(2 * workers + 1)) {}
 
     const Table table;
     const Order order;
@@ -400,7 +400,7 @@ std::optional<Batch> Batches::next() {
         state.room.notify_all();
         std::rethrow_exception(done.error);
     }
-    if (2 * (state.claimed - state.delivered) <= static_cast<std::int64_t>(state.slots.size())) state.room.notify_all();
+    state.room.notify_one();
     return std::move(done.batch);
 }
 
