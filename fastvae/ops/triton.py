@@ -1,0 +1,301 @@
+"""Launches of the Triton kernels: one for a forward, one for a backward, and no host synchronisation.
+
+The one module that imports triton; `ops.api` imports it when it is first needed. Under Triton's interpreter
+(TRITON_INTERPRET=1 before triton is imported) the same launches run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..kernels.elbo import elbo_backward_kernel, elbo_forward_kernel
+from .types import Extents, Forward, Gradients, Needs, Spec
+
+# A gradient made in the forward would need the upstream scalar, and reading it would wait for the GPU.
+GRADIENTS_IN_FORWARD = False
+
+
+class Plan(NamedTuple):
+    """How one launch is cut; rows, block_d, block_z and warps are compiled in and do not depend on B."""
+
+    rows: int
+    block_d: int
+    block_z: int
+    warps: int
+    row_programs: int
+    splits: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(batch: int, features: int, latents: int, multiprocessors: int) -> Plan:
+    """The cut of a launch over [batch, features] and [batch, latents]; 0 for a stage that does not run.
+
+    A thread holds 8 features or 4 latents (1 where each draws a Philox block of its own): 16-byte accesses,
+    several in flight, and few enough registers for 1024 threads a multiprocessor. The grid fills the GPU
+    once, and its programs walk over what is left, so that the tickets of a large batch stay few.
+    """
+    warps = 8 if features > 0 else 4
+    tile_d, tile_z = 8 * 32 * warps, (4 if latents % 4 == 0 else 1) * 32 * warps
+    block_d = min(max(triton.next_power_of_2(features), 16), tile_d)
+    block_z = min(max(triton.next_power_of_2(latents), 16), tile_z)
+    rows = min(tile_d // block_d, tile_z // block_z)
+    resident = multiprocessors * 32 // warps
+    row_programs = max(min(triton.cdiv(batch, rows), resident), 1)
+    chunks = max(triton.cdiv(features, block_d), triton.cdiv(latents, block_z), 1)
+    # every program of a row group gets the same number of chunks, or one less
+    splits = triton.cdiv(chunks, triton.cdiv(chunks, max(resident // row_programs, 1)))
+    return Plan(rows, block_d, block_z, warps, row_programs, splits)
+
+
+def forward(
+    x_hat: Tensor | None, x: Tensor | None, mu: Tensor | None, logvar: Tensor | None, kl: Tensor | None,
+    weight: Tensor | None, beta: Tensor | float, log_variance: Tensor | float, seed: int | Tensor | None,
+    spec: Spec, extents: Extents,
+) -> Forward:  # fmt: skip
+    """All stages that `spec` and the given tensors ask for, in one launch.
+
+    x_hat [K, B, D] or [B, D] and x [B, D] in any trailing shape and strides, mu and logvar [B, Z] likewise,
+    or kl [B] in their place; weight [B]; beta a number, a 0-d tensor or one with Z elements; log_variance a
+    number or a 0-d tensor; seed an int or a 0-d int64 tensor. A replayed CUDA graph reads tensors anew, and
+    numbers are frozen into it.
+
+    Raises:
+        TypeError: an input is float64, which the kernels do not compute in.
+    """
+    _refuse_float64(x_hat=x_hat, x=x, mu=mu, logvar=logvar)
+    like = x_hat if x_hat is not None else mu
+    assert like is not None
+    device = like.device
+    samples, batch, features, latents = extents
+    reconstructs = spec.likelihood is not None
+    cut = plan(batch, features if reconstructs else 0, latents if mu is not None else 0, _processors(device))
+    programs = cut.row_programs * cut.splits
+
+    loss = recon = kl_term = z = kl_rows = None
+    if reconstructs:
+        shape = (batch,) if spec.per_sample else ()
+        loss, recon, kl_term = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3))
+    if spec.sample:
+        assert mu is not None
+        z_shape = mu.shape if samples == 1 else (samples, *mu.shape)
+        z = torch.empty(z_shape, dtype=mu.dtype, device=device)
+        kl_rows = torch.empty(batch, dtype=torch.float32, device=device)
+    by_row = cut.splits > 1 and (spec.per_sample or spec.sample)
+    row_partials = 3 * cut.splits * batch if by_row else 0
+    partial = torch.empty(3 * programs + row_partials, dtype=torch.float32, device=device)
+
+    arguments = _shared_arguments(
+        x_hat, x, mu, logvar, weight, beta, log_variance, seed, spec, extents, cut, device
+    )
+    arguments.update(
+        p_kl_given=kl, p_loss=loss, p_recon=recon, p_kl=kl_term, p_z=z, p_kl_rows=kl_rows,
+        p_partial=partial, p_ticket=_ticket(device), stride_kl_given=_row_stride(kl),
+        SAMPLE=spec.sample, PER_SAMPLE=reconstructs and spec.per_sample,
+    )  # fmt: skip
+    _launch(elbo_forward_kernel, device, cut, arguments)
+    return Forward(loss, recon, kl_term, z, kl_rows)
+
+
+def backward(
+    x_hat: Tensor | None, x: Tensor | None, mu: Tensor | None, logvar: Tensor | None,
+    weight: Tensor | None, beta: Tensor | float, log_variance: Tensor | float, seed: int | Tensor | None,
+    spec: Spec, extents: Extents,
+    g_loss: Tensor | None, g_recon: Tensor | None, g_kl: Tensor | None,
+    g_z: Tensor | None, g_kl_rows: Tensor | None, needs: Needs,
+) -> Gradients:  # fmt: skip
+    """The gradients that `needs` names, in one launch; inputs as in `forward`.
+
+    The upstream gradients belong to the fields of `Forward` and may be None, expanded or strided. Neither
+    they nor the inputs are written to.
+
+    Raises:
+        TypeError: an input is float64, which the kernels do not compute in.
+    """
+    _refuse_float64(x_hat=x_hat, x=x, mu=mu, logvar=logvar)
+    needs = Needs(*needs)
+    like = x_hat if x_hat is not None else mu
+    assert like is not None
+    device = like.device
+    samples, batch, features, latents = extents
+    of_features, of_latents = needs.x_hat or needs.log_variance, needs.mu or needs.logvar
+    cut = plan(batch, features if of_features else 0, latents if of_latents else 0, _processors(device))
+
+    d_kl = d_log_variance = partial = ticket = None
+    d_x_hat = _contiguous_like(x_hat) if needs.x_hat else None
+    d_mu = _contiguous_like(mu) if needs.mu else None
+    d_logvar = _contiguous_like(logvar) if needs.logvar else None
+    if needs.kl:
+        d_kl = torch.empty(batch, dtype=torch.float32, device=device)
+    if needs.log_variance:
+        assert isinstance(log_variance, Tensor)
+        d_log_variance = torch.empty_like(log_variance)
+        partial = torch.empty(cut.row_programs * cut.splits, dtype=torch.float32, device=device)
+        ticket = _ticket(device)
+    g_z_strides: tuple[int, ...] = (0, 0, 0)
+    if g_z is not None:
+        g_z = g_z.reshape(samples, batch, latents)
+        g_z_strides = g_z.stride()
+
+    arguments = _shared_arguments(
+        x_hat, x, mu, logvar, weight, beta, log_variance, seed, spec, extents, cut, device
+    )
+    arguments.update(
+        p_g_loss=g_loss, p_g_recon=g_recon, p_g_kl=g_kl, p_g_z=g_z, p_g_kl_rows=g_kl_rows,
+        p_d_x_hat=d_x_hat, p_d_mu=d_mu, p_d_logvar=d_logvar, p_d_kl=d_kl, p_d_log_variance=d_log_variance,
+        p_partial=partial, p_ticket=ticket,
+        stride_g_loss=_row_stride(g_loss), stride_g_recon=_row_stride(g_recon), stride_g_kl=_row_stride(g_kl),
+        stride_g_kl_rows=_row_stride(g_kl_rows),
+        stride_g_z_sample=g_z_strides[0], stride_g_z_row=g_z_strides[1], stride_g_z_col=g_z_strides[2],
+    )  # fmt: skip
+    _launch(elbo_backward_kernel, device, cut, arguments)
+    return Gradients(d_x_hat, d_mu, d_logvar, d_kl, d_log_variance)
+
+
+def _shared_arguments(
+    x_hat: Tensor | None, x: Tensor | None, mu: Tensor | None, logvar: Tensor | None,
+    weight: Tensor | None, beta: Tensor | float, log_variance: Tensor | float, seed: int | Tensor | None,
+    spec: Spec, extents: Extents, cut: Plan, device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """What the two kernels have in common: inputs with their strides, choices, and how the launch is cut."""
+    samples, batch, features, latents = extents
+    p_beta, beta_number = _tensor_or_number(beta, device)
+    p_log_variance, log_variance_number = _tensor_or_number(log_variance, device)
+    p_seed, seed_number = _tensor_or_number(0 if seed is None else seed, device)
+    by_latent = p_beta is not None and p_beta.numel() > 1
+    if p_beta is not None and by_latent:
+        p_beta = p_beta.reshape(-1)
+    low, high = spec.logvar_clamp or (0.0, 0.0)
+    recon_scale = spec.recon_scale(extents)
+    if spec.half and spec.likelihood == "mse":
+        recon_scale *= 0.5
+    x_hat, x_hat_stride, unit, (x_hat_row, x_hat_col) = _samples_of_matrix(x_hat, samples, batch, features)
+    x, (x_row, x_col) = _matrix(x, batch, features)
+    mu, (mu_row, mu_col) = _matrix(mu, batch, latents)
+    logvar, (logvar_row, logvar_col) = _matrix(logvar, batch, latents)
+    return {
+        "p_x_hat": x_hat, "p_x": x, "p_mu": mu, "p_logvar": logvar, "p_weight": weight,
+        "p_beta": p_beta, "p_log_variance": p_log_variance, "p_seed": p_seed,
+        # float(), because an int of 1 would be compiled in
+        "beta": float(beta_number), "log_variance": float(log_variance_number), "seed": int(seed_number),
+        "recon_scale": recon_scale, "kl_scale": spec.kl_scale(extents),
+        "clamp_low": float(low), "clamp_high": float(high),
+        "samples": samples, "batch": batch, "features": features, "latents": latents,
+        "first_row": spec.first_row, "offset": spec.offset,
+        "stride_x_hat_sample": x_hat_stride // unit,
+        "stride_x_hat_row": x_hat_row, "stride_x_hat_col": x_hat_col,
+        "stride_x_row": x_row, "stride_x_col": x_col,
+        "stride_mu_row": mu_row, "stride_mu_col": mu_col,
+        "stride_logvar_row": logvar_row, "stride_logvar_col": logvar_col,
+        "stride_weight": _row_stride(weight), "stride_beta": _row_stride(p_beta) if by_latent else 0,
+        "LIKELIHOOD": spec.likelihood, "CLAMP": spec.logvar_clamp is not None, "BETA_BY_LATENT": by_latent,
+        # rows then begin at a multiple of 4, and four neighbours share a Philox block
+        "GROUPED": latents % 4 == 0, "SAMPLE_UNIT": unit,
+        "ROWS": cut.rows, "BLOCK_D": cut.block_d, "BLOCK_Z": cut.block_z, "num_warps": cut.warps,
+    }  # fmt: skip
+
+
+def _launch(kernel: Any, device: torch.device, cut: Plan, arguments: dict[str, Any]) -> None:
+    grid = (cut.row_programs, cut.splits)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](**arguments)
+    else:
+        kernel[grid](**arguments)
+
+
+def _matrix(tensor: Tensor | None, rows: int, columns: int) -> tuple[Tensor | None, tuple[int, int]]:
+    """The tensor as [rows, columns] and its strides; a copy only where its trailing shape has no view."""
+    if tensor is None:
+        return None, (0, 0)
+    if tensor.is_contiguous():
+        return tensor, (columns, 1)
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(rows, columns)
+    return tensor, (tensor.stride(0), tensor.stride(1))
+
+
+def _samples_of_matrix(
+    tensor: Tensor | None, samples: int, rows: int, columns: int
+) -> tuple[Tensor | None, int, int, tuple[int, int]]:
+    """`_matrix` with samples in front: tensor, sample stride, a divisor of it, row and column stride.
+
+    The sample stride depends on the batch and so is not specialised; the divisor is, and lets loads be wide.
+    """
+    if samples == 1 or tensor is None:
+        tensor, strides = _matrix(tensor, rows, columns)
+        return tensor, 0, 16, strides
+    if tensor.is_contiguous():
+        stride, strides = rows * columns, (columns, 1)
+    else:
+        tensor = tensor.reshape(samples, rows, columns)
+        stride, strides = tensor.stride(0), (tensor.stride(1), tensor.stride(2))
+    unit = 16 if columns % 16 == 0 and stride % 16 == 0 else 1
+    return tensor, stride, unit, strides
+
+
+def _tensor_or_number(value: Tensor | float, device: torch.device) -> tuple[Tensor | None, float]:
+    """A tensor for the kernel to read, or a number to hand over: a 0-d CPU tensor serves CUDA tensors too."""
+    if not isinstance(value, Tensor):
+        return None, value
+    return (value, 0) if value.device == device else (None, value.item())
+
+
+def _row_stride(tensor: Tensor | None) -> int:
+    """The stride of one number a row; 0 where one number serves all rows."""
+    return tensor.stride(0) if tensor is not None and tensor.dim() > 0 else 0
+
+
+def _contiguous_like(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _refuse_float64(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype == torch.float64:
+            raise TypeError(
+                f"{name}: the Triton kernels compute in float32; got float64, expected float32, bfloat16 or "
+                'float16 (impl="reference" computes in float64)'
+            )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the device; an H100's where kernels are interpreted."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# Integer tickets, all zero between launches. Launches on one stream follow each other and share one; a launch
+# recorded into a CUDA graph may be replayed on any stream beside others, and keeps one for itself.
+_stream_tickets: dict[tuple[torch.device, int], Tensor] = {}
+_graph_tickets: dict[torch.device, Iterator[Tensor]] = {}
+_KEPT_FOR_GRAPHS = 4096
+
+
+def _ticket(device: torch.device) -> Tensor:
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _graph_ticket(device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    ticket = _stream_tickets.get((device, stream))
+    if ticket is None:
+        ticket = _stream_tickets[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+        if device not in _graph_tickets:
+            kept = torch.zeros(_KEPT_FOR_GRAPHS, dtype=torch.int32, device=device)
+            _graph_tickets[device] = (kept[i : i + 1] for i in range(_KEPT_FOR_GRAPHS))
+    return ticket
+
+
+def _graph_ticket(device: torch.device) -> Tensor:
+    ticket = next(_graph_tickets.get(device, iter(())), None)
+    # One made during the capture is set to zero by each replay: right, and one more node in the graph. It
+    # comes to this where no launch went before the capture, or where all that were kept are taken.
+    return torch.zeros(1, dtype=torch.int32, device=device) if ticket is None else ticket

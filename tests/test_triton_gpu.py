@@ -1,0 +1,190 @@
+"""The Triton kernels on a real GPU: the interpreter's checks again, and what the interpreter cannot see."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvae.ops.types import Extents, Forward, Gradients, Likelihood, Needs, Spec
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+pytestmark = pytest.mark.gpu
+CHECKS = Path(__file__).parent / "triton_checks"
+SHAPES = [(128, 784, 20), (1024, 784, 64), (256, 12288, 128), (64, 196608, 4096)]
+
+
+@pytest.fixture
+def launcher() -> ModuleType:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fastvae.ops import triton
+
+    return triton
+
+
+class Call:
+    """A fused ELBO, sampling included, with its inputs on the GPU."""
+
+    def __init__(
+        self, launcher: ModuleType, batch: int, features: int, latents: int,
+        likelihood: Likelihood = "gaussian",
+    ) -> None:  # fmt: skip
+        self.launcher = launcher
+        self.x_hat = torch.randn(batch, features, device="cuda")
+        self.x = torch.rand(batch, features, device="cuda")
+        self.mu, self.logvar = torch.randn(2, batch, latents, device="cuda")
+        self.beta = torch.tensor(0.5, device="cuda")
+        self.log_variance = torch.tensor(-0.3, device="cuda") if likelihood == "gaussian" else 0.0
+        self.seed = torch.tensor(11, device="cuda")
+        self.g_loss = torch.tensor(2.0, device="cuda")
+        self.g_z = torch.randn(batch, latents, device="cuda")
+        self.spec, self.extents = Spec(likelihood, sample=True), Extents(1, batch, features, latents)
+        self.needs = Needs(True, True, True, False, likelihood == "gaussian")
+
+    def forward(self) -> Forward:
+        result: Forward = self.launcher.forward(
+            self.x_hat, self.x, self.mu, self.logvar, None, None, self.beta, self.log_variance, self.seed,
+            self.spec, self.extents,
+        )  # fmt: skip
+        return result
+
+    def backward(self) -> Gradients:
+        result: Gradients = self.launcher.backward(
+            self.x_hat, self.x, self.mu, self.logvar, None, self.beta, self.log_variance, self.seed,
+            self.spec, self.extents, self.g_loss, None, None, self.g_z, None, self.needs,
+        )  # fmt: skip
+        return result
+
+    def both(self) -> list[Tensor]:
+        return [t for t in (*self.forward(), *self.backward()) if t is not None]
+
+
+def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    call.both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call.both()
+    return graph, outputs
+
+
+def device_events(run: Callable[[], object]) -> list[str]:
+    """Names of what one run puts on the GPU."""
+    run()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return [event.name for event in profile.events() if event.device_type == cuda]
+
+
+@pytest.mark.parametrize("checks", ["elbo_checks.py", "rng_checks.py"])
+def test_numbers_on_the_gpu(checks: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {
+        **os.environ, "PYTHONPATH": str(CHECKS), "TRITON_INTERPRET": "0", "FASTVAE_CHECK_DEVICE": "cuda"
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS / checks)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_one_launch_forward_and_one_backward(launcher: ModuleType) -> None:
+    call = Call(launcher, 128, 784, 20)
+    assert device_events(call.forward) == ["elbo_forward_kernel"]
+    assert device_events(call.backward) == ["elbo_backward_kernel"]
+
+
+def test_nothing_waits_for_the_gpu(launcher: ModuleType) -> None:
+    call = Call(launcher, 128, 784, 20)
+    call.both()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call.both()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_runs_are_bit_equal(launcher: ModuleType, shape: tuple[int, int, int]) -> None:
+    call = Call(launcher, *shape)
+    expected = call.both()
+    for _ in range(20):
+        assert_equal(call.both(), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_large_shapes_agree_with_float64(launcher: ModuleType, shape: tuple[int, int, int]) -> None:
+    call = Call(launcher, *shape)
+    values = call.forward()
+    assert values.recon is not None
+    scaled = (call.x_hat.double() - call.x.double()).square() * torch.exp(torch.tensor(0.3).double())
+    recon = 0.5 * (scaled - 0.3 + 1.8378770664093453).sum(1).mean()
+    torch.testing.assert_close(values.recon.double(), recon, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("likelihood", ["mse", "gaussian", "bernoulli"])
+def test_graph_replays_are_bit_equal_and_read_the_seed(launcher: ModuleType, likelihood: Likelihood) -> None:
+    call = Call(launcher, 256, 784, 20, likelihood)
+    graph, outputs = capture(call)
+    for seed in (11, 12, 11):
+        call.seed.fill_(seed)
+        graph.replay()
+        replayed = [output.clone() for output in outputs]
+        assert_equal(replayed, call.both())
+
+
+def test_graphs_side_by_side(launcher: ModuleType) -> None:
+    """Two graphs and eager calls on three streams at once do not share a ticket."""
+    calls = [Call(launcher, 1024, 784, 64) for _ in range(3)]
+    expected = [call.both() for call in calls]
+    graphs = [capture(call) for call in calls[:2]]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    results: list[list[Tensor]] = []
+    for _ in range(50):
+        for (graph, _), stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            results.append(calls[2].both())
+    torch.cuda.synchronize()
+    for (_, outputs), values in zip(graphs, expected, strict=False):
+        assert_equal(outputs, values)
+    for result in results:
+        assert_equal(result, expected[2])
+
+
+def test_more_than_2_to_the_31_elements(launcher: ModuleType) -> None:
+    batch, features = 3, 2**30
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    x_hat = torch.zeros(batch, features, dtype=torch.bfloat16, device="cuda")
+    x_hat[-1, -1] = 2
+    x = torch.zeros(1, features, dtype=torch.bfloat16, device="cuda").expand(batch, features)
+    spec, extents, kl = Spec("mse", "none", "none"), Extents(1, batch, features, 1), torch.zeros(3).cuda()
+    values = launcher.forward(x_hat, x, None, None, kl, None, 1.0, 0.0, None, spec, extents)
+    assert values.recon.tolist() == [0, 0, 4]
+    upstream = (torch.ones(3, device="cuda"), None, None, None, None)
+    needs = Needs(True, False, False, False, False)
+    gradient = launcher.backward(
+        x_hat, x, None, None, None, 1.0, 0.0, None, spec, extents, *upstream, needs
+    ).x_hat
+    assert gradient[-1, -1] == 4
+    assert gradient.count_nonzero() == 1

@@ -1,0 +1,239 @@
+"""Checks of the kernels' numbers, collected only by the processes that tests/test_triton_elbo.py starts.
+
+The device comes from FASTVAE_CHECK_DEVICE: "cpu" under Triton's interpreter, or "cuda".
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from numerics import Case, Inputs, check, make_inputs, run_backward, run_triton
+
+from fastvae.ops import triton as launcher
+from fastvae.ops.autograd import fused_elbo as differentiable
+from fastvae.ops.types import Extents, Needs, Spec
+
+DEVICE = os.environ["FASTVAE_CHECK_DEVICE"]
+BF16, FP16, FP32, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.uint8
+
+CASES = {
+    # shapes: one element, primes, several chunks, several row groups, K samples, nothing at all
+    "one element": Case(batch=1, features=1, latents=1),
+    "one feature": Case(batch=5, features=1, latents=4),
+    "primes": Case(batch=13, features=101, latents=7),
+    "mnist": Case(batch=5, features=784, latents=20),
+    "chunks": Case(batch=2, features=4099, latents=1031),
+    "chunks by row": Case(batch=3, features=4099, latents=6, recon_reduction="none", kl_reduction="none"),
+    "row groups": Case(batch=131, features=3, latents=4),
+    "samples": Case(samples=3, batch=5, features=16, latents=4),
+    "no rows": Case(batch=0, features=16, latents=4, likelihood="gaussian", log_variance="learned"),
+    "no rows by row": Case(batch=0, recon_reduction="none", kl_reduction="none", sample=True),
+    # choices
+    "half": Case(half=True, recon_reduction="sum", kl_reduction="mean"),
+    "mean": Case(recon_reduction="mean", kl_reduction="sum", beta=0.3),
+    "none": Case(recon_reduction="none", kl_reduction="none", weighted=True, upstream="strided"),
+    "weights": Case(weighted=True, beta=2.5),
+    "beta tensor": Case(beta="scalar", weighted=True, upstream="loss"),
+    "beta by latent": Case(beta="latents", weighted=True),
+    "beta by latent, none": Case(beta="latents", recon_reduction="none", kl_reduction="none"),
+    "beta zero": Case(beta=0.0),
+    "clamp": Case(clamp=(-0.5, 0.75), latents=33),
+    "kl given": Case(kl_given=True, weighted=True, beta=0.4),
+    "kl given, none": Case(kl_given=True, recon_reduction="none", kl_reduction="none", features=4099),
+    "gaussian": Case(likelihood="gaussian", log_variance=0.8),
+    "gaussian learned": Case(likelihood="gaussian", log_variance="learned", weighted=True, samples=2),
+    "gaussian none": Case(
+        likelihood="gaussian", log_variance="learned", recon_reduction="none", kl_reduction="none"
+    ),
+    "bernoulli": Case(likelihood="bernoulli", features=64, latents=8),
+    "bernoulli samples": Case(likelihood="bernoulli", samples=2, weighted=True, spread=8.0),
+    # dtypes
+    "bf16": Case(dtype=BF16, features=64, latents=16, likelihood="bernoulli"),
+    "fp16": Case(dtype=FP16, upstream="large", likelihood="gaussian", log_variance="learned"),
+    "mixed": Case(dtype=BF16, x_dtype=FP32, latent_dtype=FP16, beta="latents"),
+    "bytes": Case(x_dtype=UINT8, features=784),
+    "bytes bf16": Case(dtype=BF16, x_dtype=UINT8, likelihood="bernoulli"),
+    # layouts
+    "chunked": Case(layout="chunked", features=32, latents=8, sample=True),
+    "transposed": Case(layout="transposed", samples=2, sample=True),
+    "expanded": Case(layout="expanded", upstream="expanded", recon_reduction="none", kl_reduction="none"),
+    "sliced": Case(layout="sliced", x_dtype=UINT8, sample=True),
+    "unaligned": Case(layout="unaligned", features=64, latents=16, dtype=BF16, sample=True),
+    "trailing": Case(layout="trailing", features=32, latents=8, samples=2, sample=True),
+    # upstream gradients
+    "upstream large": Case(upstream="large"),
+    "upstream partial": Case(upstream="partial", sample=True),
+    "upstream expanded": Case(upstream="expanded", sample=True, samples=2),
+    # sampling
+    "sample": Case(likelihood=None, sample=True, batch=7, latents=20),
+    "sample odd": Case(likelihood=None, sample=True, batch=7, latents=13, first_row=3),
+    "sample chunks": Case(likelihood=None, sample=True, batch=2, latents=1030, upstream="strided"),
+    "sample bf16": Case(likelihood=None, sample=True, samples=3, dtype=BF16, latents=8),
+    "sample far away": Case(likelihood=None, sample=True, latents=12, first_row=2**31 + 5, offset=2**32 + 7),
+    "sample clamp": Case(likelihood=None, sample=True, samples=2, clamp=(-1.0, 0.5), latents=4),
+    "fused": Case(sample=True, likelihood="bernoulli", latents=8, beta="scalar"),
+    "fused none": Case(
+        sample=True, samples=2, recon_reduction="none", kl_reduction="none", weighted=True, features=4099
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(name: str, seed: int) -> None:
+    check(CASES[name], DEVICE, seed)
+
+
+@pytest.mark.parametrize("spread", [1e-4, 0.03, 3.0, 30.0])
+def test_kl_over_magnitudes(spread: float) -> None:
+    """f(v) by its series and by exp, relative to float64 in each element."""
+    logvar = spread * torch.linspace(-1, 1, 64, dtype=torch.float64).float()[:, None].to(DEVICE)
+    kl = _sample_and_kl(torch.zeros_like(logvar), logvar)[1]
+    v = logvar.double()[:, 0]
+    truth = 0.5 * (torch.expm1(v) - v)
+    series = 0.5 * v * v * (0.5 + v * (1 / 6 + v * (1 / 24 + v / 120)))
+    truth = torch.where(v.abs() < 1e-2, series, truth)
+    assert (kl >= 0).all()
+    assert ((kl.double() - truth).abs() <= 1e-6 * truth).all()
+
+
+def test_hard_inputs_stay_finite_or_overflow_as_they_should() -> None:
+    logvar = torch.tensor([-100.0, 100.0, 88.0, -87.5, 0.0, 0.0], device=DEVICE)[:, None]
+    mu = torch.tensor([0.0, 0.0, 0.0, 1e4, -1e4, 1e30], device=DEVICE)[:, None]
+    z, kl = _sample_and_kl(mu, logvar)
+    truth = 0.5 * (mu.double() ** 2 + torch.exp(logvar.double()) - 1 - logvar.double())[:, 0]
+    held = truth.float()
+    assert torch.equal(kl.isinf(), held.isinf())
+    assert held.isinf().tolist() == [False, True, False, False, False, True]
+    assert (kl - held).abs()[held.isfinite()].max() <= 1e-6 * held[held.isfinite()].max()
+    assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("likelihood", ["mse", "gaussian", "bernoulli"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_rows_stay_in_their_row(likelihood: str, bad: float) -> None:
+    case = Case(
+        likelihood=likelihood, batch=4, recon_reduction="none", kl_reduction="none", clamp=(-3.0, 3.0)
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    inputs = make_inputs(case, generator, DEVICE)
+    clean, _, _ = run_triton(case, inputs, generator, DEVICE)
+    assert inputs.x_hat is not None
+    assert inputs.logvar is not None
+    inputs.x_hat[1, 2] = bad
+    inputs.logvar[2, 3] = math.nan
+    spoiled, gradients, _ = run_triton(case, inputs, generator, DEVICE)
+    assert clean.recon is not None
+    assert spoiled.recon is not None
+    assert spoiled.kl is not None
+    assert spoiled.loss is not None
+    assert gradients.x_hat is not None
+    assert gradients.mu is not None
+    others = torch.tensor([0, 2, 3], device=DEVICE)
+    assert torch.equal(spoiled.recon[others], clean.recon[others])
+    assert not spoiled.recon[1].isfinite()
+    assert spoiled.kl.isnan().tolist() == [False, False, True, False]
+    assert spoiled.loss.isfinite().tolist() == [True, False, False, True]
+    assert gradients.x_hat[others].isfinite().all()
+    assert gradients.mu.isfinite().all()
+
+
+@pytest.mark.parametrize("dropped", ["beta", "beta tensor", "beta by latent", "weight"])
+def test_a_factor_of_zero_drops_an_infinite_term(dropped: str) -> None:
+    case = Case(batch=3, latents=5, features=7)
+    inputs = make_inputs(case, torch.Generator().manual_seed(2), DEVICE)
+    assert inputs.logvar is not None
+    inputs.logvar[0, 1] = 200.0  # exp overflows
+    if dropped == "beta":
+        inputs.beta = 0.0
+    elif dropped == "beta tensor":
+        inputs.beta = torch.zeros((), device=DEVICE)
+    elif dropped == "beta by latent":
+        inputs.beta = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0], device=DEVICE)
+    else:
+        inputs.weight = torch.tensor([0.0, 1.0, 1.0], device=DEVICE)
+    values = launcher.forward(*inputs, case.spec, case.extents)
+    gradients = run_backward(case, inputs, [torch.ones((), device=DEVICE), None, None, None, None])
+    assert values.loss is not None
+    assert values.kl is not None
+    assert values.loss.isfinite()
+    assert values.kl.isfinite() == (dropped == "weight")
+    for gradient in (gradients.mu, gradients.logvar, gradients.x_hat):
+        assert gradient is not None
+        assert gradient.isfinite().all()
+    assert gradients.logvar is not None
+    assert gradients.logvar[0, 1] == 0
+
+
+def test_softplus_keeps_its_digits_in_the_tail() -> None:
+    """-log p of a sure and right answer is e^-|l|, far below 1."""
+    logits = torch.tensor([-80.0, -30.0, -5.0, 5.0, 30.0, 80.0], device=DEVICE)[:, None]
+    x = (logits > 0).float()
+    kl = torch.zeros(6, device=DEVICE)
+    spec, extents = Spec("bernoulli", "none", "none"), Extents(1, 6, 1, 1)
+    values = launcher.forward(logits, x, None, None, kl, None, 1.0, 0.0, None, spec, extents)
+    truth = torch.log1p(torch.exp(-logits.double().abs()))[:, 0]
+    assert values.recon is not None
+    assert ((values.recon.double() - truth).abs() <= 1e-6 * truth).all()
+    needs = Needs(True, False, False, False, False)
+    upstream = (torch.ones(6, device=DEVICE), None, None, None, None)
+    slope = launcher.backward(
+        logits, x, None, None, None, 1.0, 0.0, None, spec, extents, *upstream, needs
+    ).x_hat
+    assert slope is not None
+    truth = torch.sigmoid(-logits.double().abs()) * -logits.sign()
+    assert ((slope.double() - truth).abs() <= 1e-6 * truth.abs()).all()
+
+
+def test_through_autograd_twice() -> None:
+    """As the operators call it: gradients of a loss and of z, and once more from a retained graph."""
+    case = Case(sample=True, likelihood="gaussian", log_variance="learned", kl_reduction="mean")
+    inputs = make_inputs(case, torch.Generator().manual_seed(5), DEVICE)
+    leaves = [inputs.x_hat, inputs.mu, inputs.logvar, inputs.log_variance]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = differentiable(*inputs, case.spec, case.extents, launcher)
+    assert result.loss is not None
+    assert result.z is not None
+    total = 3 * result.loss + result.z.sum()
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    second = torch.autograd.grad(total, leaves)
+    upstream = [torch.tensor(3.0, device=DEVICE), None, None, torch.ones_like(result.z), None]
+    expected = run_backward(case, inputs, upstream)
+    for one, two, value in zip(first, second, [g for g in expected if g is not None], strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, value)
+
+
+def test_only_the_needed_gradients_are_made() -> None:
+    case = Case(sample=True)
+    generator = torch.Generator().manual_seed(3)
+    inputs = make_inputs(case, generator, DEVICE)
+    _, every, upstream = run_triton(case, inputs, generator, DEVICE)
+    x_hat, x, mu, logvar, _, *rest = inputs
+    for wanted in ("x_hat", "mu", "logvar"):
+        needs = Needs(*(name == wanted for name in Needs._fields))
+        got = launcher.backward(x_hat, x, mu, logvar, *rest, case.spec, case.extents, *upstream, needs)
+        for name, gradient in got._asdict().items():
+            if name == wanted:
+                torch.testing.assert_close(gradient, getattr(every, name))
+            else:
+                assert gradient is None
+
+
+def test_float64_is_refused_by_name() -> None:
+    inputs = make_inputs(Case(), torch.Generator(), DEVICE)
+    assert inputs.logvar is not None
+    inputs = Inputs(*list(inputs)[:3], inputs.logvar.double(), *list(inputs)[4:])
+    with pytest.raises(TypeError, match=r"logvar: .*got float64, expected float32"):
+        launcher.forward(*inputs, Case().spec, Case().extents)
+
+
+def _sample_and_kl(mu: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    extents = Extents(1, mu.shape[0], 0, mu.shape[1])
+    values = launcher.forward(None, None, mu, logvar, None, None, 1.0, 0.0, 7, Spec(sample=True), extents)
+    assert values.z is not None
+    assert values.kl_rows is not None
+    return values.z, values.kl_rows
