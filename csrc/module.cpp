@@ -3,7 +3,8 @@
 #include "bindings.hpp"
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "fastvae's native code: the data loader and the ELBO operators for CPU tensors.";
+    m.doc() = "fastvae's native code: the data loader, and for CPU tensors the ELBO operators and Adam.";
+    fastvae::bind_adam(m);
     fastvae::bind_elbo(m);
     fastvae::bind_loader(m);
 }

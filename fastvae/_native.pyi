@@ -29,6 +29,16 @@ def elbo(
     gradients: Sequence[int],
     instruction_set: str | None = None,
 ) -> None: ...
+def adam(
+    parts: Sequence[tuple[int, int, int, int, int, int, int, int]],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    threads: int,
+) -> None: ...
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def instruction_sets() -> list[str]: ...
 def bf16_supported() -> bool: ...

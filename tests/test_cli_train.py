@@ -48,7 +48,11 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     done = subprocess.run(
         [*COMMAND, "train", *OPTIONS, "--seed", "3", "--amp", "--out", "run"],
-        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -116,8 +120,15 @@ def test_the_loaded_model_is_the_one_that_was_validated(finished, validation, tm
 def test_it_says_what_was_chosen_and_where_the_run_lies(finished):
     _, printed = finished
     lines = printed.splitlines()
-    for start in ("data: digits, items of 1 x 8 x 8, 1,617 for training, 180 for validation", "model: mlp, ",
-                  "device: ", "operators: ", "epoch 1/30  loss ", "epoch 30/30  loss ", "validation loss "):
+    for start in (
+        "data: digits, items of 1 x 8 x 8, 1,617 for training, 180 for validation",
+        "model: mlp, ",
+        "device: ",
+        "operators: ",
+        "epoch 1/30  loss ",
+        "epoch 30/30  loss ",
+        "validation loss ",
+    ):
         assert sum(line.startswith(start) for line in lines) == 1, start
     assert lines[-1] == "run: run"
 
@@ -228,7 +239,11 @@ def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
 def test_a_real_process_ends_with_status_2_and_one_line(tmp_path):
     done = subprocess.run(
         [*COMMAND, "train", "--data", "nowhere.npy"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"fastvae: error: .*nowhere\.npy.*\n", done.stderr)
@@ -258,7 +273,11 @@ def test_a_training_that_diverges(tmp_path, capsys):
 def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
     with subprocess.Popen(
         [*COMMAND, "train", "--data", "digits", "--epochs", "1000000", "--out", "run"],
-        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         for line in process.stdout:
             if line.startswith("epoch 2/"):
@@ -275,7 +294,9 @@ def test_a_live_bar_on_a_terminal(tmp_path):
     ours, theirs = os.openpty()
     with subprocess.Popen(
         [*COMMAND, "train", "--data", "digits", "--epochs", "3", "--out", "run"],
-        cwd=tmp_path, stdout=theirs, env=ENVIRONMENT,
+        cwd=tmp_path,
+        stdout=theirs,
+        env=ENVIRONMENT,
     ) as process:
         os.close(theirs)
         shown = b""

@@ -11,7 +11,8 @@ from .types import Extents, Forward, Gradients, Needs, Spec, compute_dtype
 # A scalar loss can make its gradients while the inputs are in the cache, at the upstream gradient 1.
 GRADIENTS_IN_FORWARD = True
 
-_DTYPES = {
+# csrc/elbo.hpp: enum class DType
+DTYPE_CODES = {
     torch.float32: 0,
     torch.float64: 1,
     torch.bfloat16: 2,
@@ -199,11 +200,11 @@ class _Call:
         if tensor is None:
             return None
         if tensor.is_contiguous():
-            return (tensor.data_ptr(), _DTYPES[tensor.dtype], batch * columns, columns, 1)
+            return (tensor.data_ptr(), DTYPE_CODES[tensor.dtype], batch * columns, columns, 1)
         rows = tensor.reshape(samples, batch, columns)
         self.alive.append(rows)
         sample, row, column = rows.stride()
-        return (rows.data_ptr(), _DTYPES[rows.dtype], sample, row, column)
+        return (rows.data_ptr(), DTYPE_CODES[rows.dtype], sample, row, column)
 
     def _vector(self, tensor: Tensor | None) -> int:
         """The address of a contiguous vector in the compute type, or 0."""

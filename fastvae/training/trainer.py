@@ -21,7 +21,7 @@ from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .device import choose_amp_dtype, choose_device
 from .run_folder import METRICS_NAME, OPTIONS_NAME, check_run_folder, prepare_run_folder
-from .step import TrainStep, make_optimizer
+from .step import TrainStep
 from .telemetry import Telemetry
 
 DEFAULT_EPOCHS = 10
@@ -111,8 +111,9 @@ class Trainer:
             (self.folder / OPTIONS_NAME).write_text(config.to_toml())
             if self.model.config is not None:
                 write_json(self.folder / CONFIG_NAME, self.model.config)
-        optimizer = make_optimizer(self.model, self.loss, config.optimizer, config.lr)
-        step = TrainStep(self.model, self.loss, optimizer, self.amp_dtype)
+        step = TrainStep(
+            self.model, self.loss, optimizer=config.optimizer, lr=config.lr, amp_dtype=self.amp_dtype
+        )
         history: list[dict[str, Any]] = []
         best: dict[str, Any] = {}
         best_weights: dict[str, Tensor] = {}
@@ -140,6 +141,7 @@ class Trainer:
                     with open(self.folder / METRICS_NAME, "a") as file:
                         file.write(json.dumps(row) + "\n")
                 telemetry.epoch(row)
+        step.weights.release()
         self.model.load_state_dict(best_weights)
         return TrainResult(history, best, history[-1]["step"], seconds, samples / seconds)
 

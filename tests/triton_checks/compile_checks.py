@@ -52,9 +52,7 @@ def elbo(
     return call
 
 
-def sampling(
-    batch: int, latents: int, *, samples: int = 1, dtype: torch.dtype = FP32
-) -> Callable[[], None]:
+def sampling(batch: int, latents: int, *, samples: int = 1, dtype: torch.dtype = FP32) -> Callable[[], None]:
     """A forward and a backward of sample_and_kl."""
 
     def call() -> None:

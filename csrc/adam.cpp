@@ -1,0 +1,119 @@
+#include "adam.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <type_traits>
+
+#include "elements.hpp"
+
+namespace fastvae {
+namespace {
+
+constexpr std::int64_t block = 4096;  // elements that one thread takes at a time
+
+// What the steps of one update have in common.
+struct Factors {
+    float mean, square, square_new, step_size, root, eps, keep;
+};
+
+Factors factors_of(const Adam& adam) {
+    const double correction1 = 1 - std::pow(adam.beta1, static_cast<double>(adam.step));
+    const double correction2 = 1 - std::pow(adam.beta2, static_cast<double>(adam.step));
+    return {
+        static_cast<float>(1 - adam.beta1),
+        static_cast<float>(adam.beta2),
+        static_cast<float>(1 - adam.beta2),
+        static_cast<float>(adam.lr / correction1),
+        static_cast<float>(std::sqrt(correction2)),
+        static_cast<float>(adam.eps),
+        static_cast<float>(1 - adam.lr * adam.weight_decay),
+    };
+}
+
+template <class G, class C>
+[[gnu::always_inline]] inline void update_block(
+    const Factors& f, std::int64_t n, const G* __restrict gradient, float* __restrict weight, float* __restrict mean,
+    float* __restrict square, C* __restrict copy) {
+    const Factors local = f;
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float w = weight[i];
+        const float g = widen(gradient[i]);
+        const float m = mean[i] + local.mean * (g - mean[i]);
+        const float s = local.square * square[i] + local.square_new * (g * g);
+        const float updated = w * local.keep - local.step_size * m / (__builtin_sqrtf(s) / local.root + local.eps);
+        mean[i] = m;
+        square[i] = s;
+        weight[i] = updated;
+        copy[i] = narrow<C>(updated);
+    }
+}
+
+template <class G, class C>
+using Block = void (*)(const Factors&, std::int64_t, const G*, float*, float*, float*, C*);
+
+template <class G, class C>
+void baseline(const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c) {
+    update_block(f, n, g, w, m, s, c);
+}
+
+#if defined(__x86_64__)
+template <class G, class C>
+[[gnu::target("avx2")]] void avx2(const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c) {
+    update_block(f, n, g, w, m, s, c);
+}
+
+template <class G, class C>
+[[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")]] void avx512(
+    const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c) {
+    update_block(f, n, g, w, m, s, c);
+}
+#endif
+
+template <class G, class C>
+Block<G, C> best() {
+#if defined(__x86_64__)
+    const std::string& name = instruction_sets().front().name;
+    if (name == "avx512") return avx512<G, C>;
+    if (name == "avx2") return avx2<G, C>;
+#endif
+    return baseline<G, C>;
+}
+
+template <class G, class C>
+void update_range(const Factors& f, const AdamPart& part, std::int64_t first, std::int64_t n) {
+    static const Block<G, C> run = best<G, C>();
+    C unused[std::is_same_v<C, float> ? block : 1];
+    C* copy = part.copy ? static_cast<C*>(part.copy) + first : unused;
+    run(f, n, static_cast<const G*>(part.gradient) + first, part.weight + first, part.mean + first,
+        part.square + first, copy);
+}
+
+template <class C>
+void update_range(const Factors& f, const AdamPart& part, std::int64_t first, std::int64_t n) {
+    switch (part.gradient_dtype) {
+        case DType::bfloat16: return update_range<BFloat16, C>(f, part, first, n);
+        case DType::float16: return update_range<Float16, C>(f, part, first, n);
+        default: return update_range<float, C>(f, part, first, n);
+    }
+}
+
+void update_range(const Factors& f, const AdamPart& part, std::int64_t first, std::int64_t n) {
+    if (!part.copy) return update_range<float>(f, part, first, n);
+    if (part.copy_dtype == DType::float16) return update_range<Float16>(f, part, first, n);
+    update_range<BFloat16>(f, part, first, n);
+}
+
+}  // namespace
+
+void update(const Adam& adam, const std::vector<AdamPart>& parts, int threads) {
+    const Factors factors = factors_of(adam);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (const AdamPart& part : parts) {
+#pragma omp for schedule(static) nowait
+        for (std::int64_t b = 0; b < chunks(part.n, block); ++b)
+            update_range(factors, part, b * block, std::min(block, part.n - b * block));
+    }
+}
+
+}  // namespace fastvae

@@ -1,0 +1,56 @@
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "adam.hpp"
+#include "bindings.hpp"
+
+namespace py = pybind11;
+
+namespace fastvae {
+namespace {
+
+using Address = std::uintptr_t;
+// n, gradient, its dtype, weight, mean, square, copy, its dtype
+using Part = std::tuple<std::int64_t, Address, int, Address, Address, Address, Address, int>;
+
+DType checked(const char* name, int dtype) {
+    const auto found = static_cast<DType>(dtype);
+    if (found != DType::float32 && found != DType::bfloat16 && found != DType::float16)
+        throw std::invalid_argument(std::string(name) + ": got dtype code " + std::to_string(dtype) + ", expected 0, 2 or 3");
+    return found;
+}
+
+void adam(
+    const std::vector<Part>& parts, std::int64_t step, double lr, double beta1, double beta2, double eps,
+    double weight_decay, int threads) {
+    if (step < 1) throw std::invalid_argument("step: got " + std::to_string(step) + ", expected at least 1");
+    if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");
+    std::vector<AdamPart> checked_parts;
+    checked_parts.reserve(parts.size());
+    for (const auto& [n, gradient, gradient_dtype, weight, mean, square, copy, copy_dtype] : parts) {
+        if (n > 0 && !(gradient && weight && mean && square))
+            throw std::invalid_argument("parts: got a null address, expected only the copy to be absent");
+        checked_parts.push_back(
+            {n, reinterpret_cast<const void*>(gradient), checked("gradient", gradient_dtype),
+             reinterpret_cast<float*>(weight), reinterpret_cast<float*>(mean), reinterpret_cast<float*>(square),
+             reinterpret_cast<void*>(copy), checked("copy", copy_dtype)});
+    }
+    const py::gil_scoped_release release;
+    update({lr, beta1, beta2, eps, weight_decay, step}, checked_parts, threads);
+}
+
+}  // namespace
+
+void bind_adam(py::module_& m) {
+    m.def(
+        "adam", &adam, py::arg("parts"), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+        py::arg("eps"), py::arg("weight_decay"), py::arg("threads"),
+        "One step of Adam, in place. A part is (n, gradient, its dtype, weight, mean, square, copy, its dtype),\n"
+        "with addresses as integers, and 0 for no copy.");
+}
+
+}  // namespace fastvae

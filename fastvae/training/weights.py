@@ -1,0 +1,112 @@
+"""Weights laid out for a fast step: one float32 tensor, and copies in the dtype of the matrix products."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# what autocast computes in low precision, with weights that it would cast at each use
+_MATRIX_MODULES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+class FlatWeights:
+    """The float32 weights of `model` as one tensor, so that the optimizer has one tensor to update.
+
+    The model's own parameters become views of it. `lent` puts copies in `amp_dtype` into the linear and
+    convolutional layers while a step runs; they are cast once an update, all together. Parameters of another
+    dtype, those without gradients and those in `exclude` stay as they are.
+
+    flat: all weights; its gradient is filled by `gather_gradients`.
+    copies: their copies in `amp_dtype`, in the same places; None for float32.
+    offsets: where in them each parameter begins.
+    leaves: where the gradient of each parameter arrives: the parameter itself, or its copy.
+    """
+
+    def __init__(
+        self, model: nn.Module, amp_dtype: torch.dtype = torch.float32, exclude: Iterable[nn.Parameter] = ()
+    ) -> None:
+        left_out = {id(p) for p in exclude}
+        self._parameters = [
+            p
+            for p in model.parameters()
+            if p.requires_grad and p.dtype == torch.float32 and id(p) not in left_out
+        ]
+        device = self._parameters[0].device if self._parameters else None
+        self.flat = nn.Parameter(torch.zeros(sum(map(_padded, self._parameters)), device=device))
+        self.offsets = [0, *itertools.accumulate(map(_padded, self._parameters))][:-1]
+        for parameter, view in zip(self._parameters, self._views(self.flat.detach()), strict=True):
+            view.copy_(parameter.detach())
+            parameter.data = view
+        self._gradients: list[Tensor] = []
+
+        self.copies: Tensor | None = None
+        self._swaps: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+        self.leaves = list(self._parameters)
+        if amp_dtype != torch.float32:
+            self.copies = self.flat.detach().to(amp_dtype)
+            copies = [nn.Parameter(view) for view in self._views(self.copies)]
+            places = {id(p): i for i, p in enumerate(self._parameters)}
+            for module in model.modules():
+                if not isinstance(module, _MATRIX_MODULES):
+                    continue
+                for name, parameter in module.named_parameters(recurse=False):
+                    place = places.get(id(parameter))
+                    if place is not None:
+                        self._swaps.append((module, name, parameter, copies[place]))
+                        self.leaves[place] = copies[place]
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While it lasts, the layers hold the copies."""
+        for module, name, _, copy in self._swaps:
+            module._parameters[name] = copy
+        try:
+            yield
+        finally:
+            for module, name, parameter, _ in self._swaps:
+                module._parameters[name] = parameter
+
+    def gather_gradients(self) -> None:
+        """Move the gradients of the last backward into `flat.grad`; absent ones are zero."""
+        if self.flat.grad is None:
+            self.flat.grad = torch.zeros_like(self.flat)
+            self._gradients = self._views(self.flat.grad)
+        gradients = []
+        for leaf, view in zip(self.leaves, self._gradients, strict=True):
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(view)
+            gradients.append(leaf.grad)
+            leaf.grad = None
+        torch._foreach_copy_(self._gradients, gradients)
+
+    def refresh_copies(self) -> None:
+        """Bring the copies up to date with `flat`, after an update of `flat` alone."""
+        if self.copies is not None:
+            self.copies.copy_(self.flat.detach())
+
+    def release(self) -> None:
+        """Give the model's parameters memory of their own again."""
+        for parameter in self._parameters:
+            parameter.data = parameter.detach().clone()
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """`flat` in the shapes of the parameters."""
+        parts = flat.split([_padded(p) for p in self._parameters])
+        return [part[: p.numel()].view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]
+
+
+def _padded(parameter: nn.Parameter) -> int:
+    """Elements of `flat` for one parameter: each begins on a cache line in every dtype."""
+    return -(-parameter.numel() // 64) * 64
