@@ -1,0 +1,114 @@
+"""Whole training, 784-400-20-400-784 on Fashion-MNIST at batch 128, against loops that people write.
+
+One call is one epoch of 54,000 data, with everything that an epoch takes: batches, steps, and for fastvae its
+metrics too. The compiled opponent has compiled before it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import TensorDataset
+
+import fastvae
+from fastvae.data import DataError, resolve
+from fastvae.training.config import TrainConfig
+from fastvae.training.device import choose_amp_dtype
+from fastvae.training.trainer import Trainer
+
+N, BATCH = 54_000, 128
+ROUNDS = 3
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """uint8 [N, 784]; of random bytes where Fashion-MNIST is absent, which takes as long."""
+    try:
+        return resolve("fashion-mnist").train.x.reshape(-1, 784)[:N]
+    except DataError:
+        return np.random.default_rng(0).integers(0, 256, (N, 784), dtype=np.uint8)
+
+
+def engine(images: np.ndarray, device: str) -> Callable[[], None]:
+    """What `fastvae train --amp` runs."""
+    config = TrainConfig(epochs=1, amp=True, device=device)
+    loader = fastvae.DataLoader(images, BATCH, shuffle=True)
+    model = fastvae.VAE.mlp((784,))
+    return lambda: void(Trainer(model, loader, config=config).fit())
+
+
+def void(_: object) -> None:
+    """A training's result is not of interest here."""
+
+
+def torch_loader(images: Tensor) -> Iterator[Tensor]:
+    for (x,) in TorchDataLoader(TensorDataset(images), BATCH, shuffle=True):
+        yield x
+
+
+def indexing(images: Tensor) -> Iterator[Tensor]:
+    order = torch.randperm(len(images), device=images.device)
+    for start in range(0, len(images) - BATCH + 1, BATCH):
+        yield images[order[start : start + BATCH]]
+
+
+def by_hand(
+    batches: Callable[[], Iterator[Tensor]], device: str, *, amp: bool, fused: bool, compiled: bool = False
+) -> Callable[[], None]:
+    """An epoch of the training loop as written in plain PyTorch."""
+    model = fastvae.VAE.mlp((784,)).to(device)
+    encoder, decoder = model.encoder, model.decoder
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
+    dtype, _ = choose_amp_dtype(torch.device(device), amp)
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            mu, logvar = encoder(x)
+            z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+            x_hat = decoder(z)
+        mu, logvar = mu.float(), logvar.float()
+        kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+        return (F.mse_loss(x_hat.float(), x, reduction="sum") + kl) / len(x)
+
+    if compiled:
+        torch.compiler.reset()
+        loss = torch.compile(loss)
+
+    def epoch() -> None:
+        for x in batches():
+            optimizer.zero_grad(set_to_none=True)
+            loss(x.to(device, non_blocking=True)).backward()
+            optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return epoch
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+@pytest.mark.parametrize("device", DEVICES)
+def test_bench_train(compare: Callable[..., None], images: np.ndarray, device: str) -> None:
+    x = torch.from_numpy(images).float() / 255
+    on_device = x.to(device)
+    compare(
+        f"training an epoch of {N:,} on {device}",
+        {
+            "fastvae --amp": engine(images, device),
+            "eager loop, torch DataLoader": by_hand(lambda: torch_loader(x), device, amp=False, fused=False),
+            "eager loop, amp, fused Adam, DataLoader": by_hand(
+                lambda: torch_loader(x), device, amp=True, fused=True
+            ),
+            "torch.compile, amp, fused Adam, indexing": by_hand(
+                lambda: indexing(on_device), device, amp=True, fused=True, compiled=True
+            ),
+        },
+        rounds=ROUNDS,
+        samples=N,
+    )

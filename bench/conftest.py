@@ -1,0 +1,114 @@
+"""`compare` times opponents in turn; the ratios stand in a table at the end, and in a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timing import interleaved, median, ratio, spread
+
+import fastvae
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+Compare = Callable[..., None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--results",
+        type=Path,
+        default=Path("bench-results.json"),
+        help="where the figures are written as JSON (default: bench-results.json)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+@pytest.fixture
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
+    """compare(title, callables, rounds=, ...): time callables in turn; the first is fastvae's.
+
+    `calls` is how many operations one call makes, for the time of one; `samples` how many data it handles,
+    for a rate.
+    """
+
+    def run(
+        title: str,
+        callables: dict[str, Callable[[], None]],
+        *,
+        rounds: int,
+        calls: int = 1,
+        samples: int | None = None,
+    ) -> None:
+        runs = interleaved(callables, rounds)
+        seconds = {name: [t / calls for t in times] for name, times in runs.items()}
+        ours, *opponents = seconds
+        row = {
+            "title": title,
+            "samples": samples,
+            "median_s": {name: median(times) for name, times in seconds.items()},
+            "spread": {name: spread(times) for name, times in seconds.items()},
+            "ratio": {name: ratio(seconds[name], seconds[ours]) for name in opponents},
+            "rounds": rounds,
+        }
+        request.config.stash[ROWS].append(row)
+        benchmark.extra_info.update(row)
+        benchmark.pedantic(callables[ours], rounds=3)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    terminalreporter.section("ratios: how many times as fast fastvae is (medians of runs in turn)")
+    for row in rows:
+        ours, *opponents = row["median_s"]
+        terminalreporter.write_line(f"{row['title']}: {_show(row, ours)}")
+        for name in opponents:
+            terminalreporter.write_line(f"  {row['ratio'][name]:6.2f} x  {name:36s} {_show(row, name)}")
+    path: Path = config.getoption("--results")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**_environment(), "rows": rows}, indent=2) + "\n")
+    terminalreporter.write_line(f"figures: {path}")
+
+
+def _show(row: dict[str, Any], name: str) -> str:
+    seconds, relative = row["median_s"][name], row["spread"][name]
+    if row["samples"] is None:
+        return f"{seconds * 1e6:10.1f} us  +-{relative:4.0%}"
+    return f"{row['samples'] / seconds:12,.0f} samples/s  +-{relative:4.0%}"
+
+
+def _environment() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip() or None,
+        "fastvae": fastvae.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
