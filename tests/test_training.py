@@ -10,6 +10,7 @@ import fastvae
 from fastvae import VAE, DataLoader, ELBOLoss
 from fastvae.inference.evaluate import evaluate
 from fastvae.training import device as device_module
+from fastvae.training import step as step_module
 from fastvae.training.config import ConfigError, TrainConfig
 from fastvae.training.device import choose_amp_dtype, choose_device
 from fastvae.training.optimizer import FusedAdam, make_optimizer
@@ -300,3 +301,24 @@ def test_flat_weights_lend_copies_and_give_memory_back(seed):
     weights.release()
     assert model[0].weight.untyped_storage().nbytes() == 4 * 5 * 4
     assert all(torch.equal(p, o) for p, o in zip(model.parameters(), original, strict=True))
+
+
+@pytest.mark.parametrize("most_kept", [3, 1000])
+def test_averages_weigh_each_step_by_its_data(data, monkeypatch, seed, most_kept):
+    monkeypatch.setattr(step_module, "MOST_KEPT", most_kept)
+    loss = ELBOLoss()
+    step = TrainStep(VAE.mlp((16,), (8,), 2), loss)
+    total, sizes, plain = 0.0, [10, 200, 30, 400, 50], loss.terms
+
+    def record(*args, **kwargs):
+        nonlocal total
+        terms = plain(*args, **kwargs)
+        total += terms.loss.item() * len(args[0])
+        return terms
+
+    monkeypatch.setattr(loss, "terms", record)
+    for size in sizes:
+        step(torch.from_numpy(data[:size]))
+    assert step.averages()[0] == pytest.approx(total / sum(sizes), rel=1e-6)
+    step.reset()
+    assert step.averages() == (0.0, 0.0, 0.0)

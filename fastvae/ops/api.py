@@ -15,6 +15,7 @@ from . import library, reference
 from .autograd import fused_elbo as _differentiable
 from .types import LIKELIHOODS, REDUCTIONS, ELBOTerms, Extents, Impl, Likelihood, Reduction, Spec
 
+_SAMPLE = Spec(sample=True)
 _IMPLS = ("auto", "reference", "native", "triton")
 
 
@@ -137,7 +138,7 @@ def sample_and_kl(
     batch, latents = _latent_extents(mu, logvar)
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples: got {n_samples}, expected at least 1")
-    spec = Spec(sample=True, offset=offset, first_row=first_row)
+    spec = _SAMPLE if offset == first_row == 0 else replace(_SAMPLE, offset=offset, first_row=first_row)
     extents = Extents(n_samples or 1, batch, 0, latents)
     if seed is None:
         seed = _seed(mu, generator)

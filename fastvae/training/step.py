@@ -11,6 +11,8 @@ from ..ops import ELBOTerms, sample_and_kl
 from .optimizer import make_optimizer
 from .weights import FlatWeights
 
+MOST_KEPT = 1000  # steps whose terms are kept before they are added up
+
 
 class TrainStep:
     """The step of `model` under `loss`: call it with each batch, read `averages` now and then.
@@ -36,6 +38,8 @@ class TrainStep:
         self.weights = FlatWeights(model, amp_dtype, exclude=learned_by_loss)
         self.optimizer = make_optimizer(self.weights, learned_by_loss, optimizer, lr)
         self._autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
+        self._terms: list[Tensor] = []
+        self._sizes: list[int] = []
         self._sums = torch.zeros(len(ELBOTerms._fields), dtype=torch.float64, device=device)
         self.count = 0
 
@@ -49,17 +53,29 @@ class TrainStep:
             terms = self.loss.terms(x_hat, x, kl=kl)
             self.optimizer.backward(terms.loss)
         self.optimizer.step()
-        # kept on the device, so that no step waits for the one before
-        with torch.no_grad():
-            self._sums.add_(torch.stack(terms), alpha=len(x))
+        # kept as they are until they are read, so that no step waits for the one before
+        self._terms += [term.detach() for term in terms]
+        self._sizes.append(len(x))
         self.count += len(x)
+        if len(self._sizes) == MOST_KEPT:
+            self._add_up()
 
     def averages(self) -> tuple[float, float, float]:
         """(loss, recon, kl), averaged over the data since `reset`; waits for the device."""
+        self._add_up()
         loss, recon, kl = (self._sums / max(self.count, 1)).tolist()
         return loss, recon, kl
 
     def reset(self) -> None:
         """Begin new averages."""
+        self._terms, self._sizes = [], []
         self._sums.zero_()
         self.count = 0
+
+    def _add_up(self) -> None:
+        """Add the terms that were kept to the sums."""
+        if not self._sizes:
+            return
+        sizes = torch.tensor(self._sizes, dtype=torch.float64).to(self._sums.device)
+        self._sums += sizes @ torch.stack(self._terms).double().view(len(sizes), -1)
+        self._terms, self._sizes = [], []
