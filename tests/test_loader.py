@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import run_python
 
 from fastvae import _native
 from fastvae.data.loader import DataLoader
@@ -301,12 +299,6 @@ def test_an_exhausted_pass_stays_exhausted() -> None:
     batches = iter(DataLoader(numbered(10), 4))
     assert len(list(batches)) == 3
     assert list(batches) == []
-
-
-def run_python(script: str) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_forked_child_says_so_and_can_begin_again() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from processes import run_python
 
 import fastvae
 
@@ -18,13 +16,6 @@ def test_public_names() -> None:
         fastvae.elb  # noqa: B018
 
 
-def run(code: str) -> str:
-    """What a fresh interpreter prints."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_works_without_triton() -> None:
     code = """
 import sys
@@ -35,7 +26,7 @@ print(fastvae.elbo(t, t, t, t).loss.item() > 0)
 from fastvae.ops import resolve_impl
 print(resolve_impl("auto", torch.device("cuda"))[0])
 """
-    assert run(code).split() == ["True", "reference"]
+    assert run_python(code).split() == ["True", "reference"]
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -48,9 +39,9 @@ except SystemExit as done:
     assert done.code == 0
 print("torch" in sys.modules)
 """
-    assert run(code).split()[-1] == "False"
+    assert run_python(code).split()[-1] == "False"
 
 
 def test_the_kernels_live_inside_the_package() -> None:
     """Top-level kernels/ is installed as fastvae.kernels: that is the one module to import."""
-    assert run("import fastvae.kernels; print(fastvae.kernels.__name__)").strip() == "fastvae.kernels"
+    assert run_python("import fastvae.kernels; print(fastvae.kernels.__name__)").strip() == "fastvae.kernels"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from processes import run_checks
 from torch import Tensor
 
 from fastvae.ops.types import Extents, Forward, Gradients, Likelihood, Needs, Spec
@@ -19,7 +16,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 pytestmark = pytest.mark.gpu
-CHECKS = Path(__file__).parent / "triton_checks"
 SHAPES = [(128, 784, 20), (1024, 784, 64), (256, 12288, 128), (64, 196608, 4096)]
 
 
@@ -97,12 +93,7 @@ def device_events(run: Callable[[], object]) -> list[str]:
 @pytest.mark.parametrize("checks", ["elbo_checks.py", "rng_checks.py"])
 def test_numbers_on_the_gpu(checks: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    environment = {
-        **os.environ, "PYTHONPATH": str(CHECKS), "TRITON_INTERPRET": "0", "FASTVAE_CHECK_DEVICE": "cuda"
-    }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS / checks)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_checks(checks, TRITON_INTERPRET="0", FASTVAE_CHECK_DEVICE="cuda")
 
 
 def test_one_launch_forward_and_one_backward(launcher: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Checks of the kernels' numbers, collected only by the processes that tests/test_triton_elbo.py starts.
+"""Checks of the kernels' numbers, collected only by the process that tests/test_triton_interpreted.py starts.
 
 The device comes from FASTVAE_CHECK_DEVICE: "cpu" under Triton's interpreter, or "cuda".
 """

@@ -1,4 +1,4 @@
-"""Checks of the kernels' noise, collected only by the process that tests/test_triton_rng.py starts."""
+"""Checks of the kernels' noise, collected only by the process that tests/test_triton_interpreted.py starts."""
 
 from __future__ import annotations
 
