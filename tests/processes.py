@@ -24,7 +24,9 @@ def run_python(code: str) -> str:
 def run_checks(name: str, *options: str, **environment: str) -> None:
     """Run a file of tests/triton_checks with pytest; fails with its output."""
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *options, name]
-    _run(pytest, TESTS / "triton_checks", environment)
+    checks = TESTS / "triton_checks"
+    # processes that the checks start need to find their modules too
+    _run(pytest, checks, {**environment, "PYTHONPATH": str(checks)})
 
 
 def _run(arguments: list[str], folder: Path, environment: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Checks of the kernels' noise, collected only by the process that tests/test_triton_interpreted.py starts."""
+"""Checks of the kernels' noise, collected only by the process of tests/test_triton_interpreted.py."""
 
 from __future__ import annotations
 
