@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .ops.api import elbo_from_spec, make_spec
+from .ops.api import elbo_from_spec
+from .ops.checks import make_spec
 from .ops.types import ELBOTerms, Impl, Likelihood, Reduction
 
 

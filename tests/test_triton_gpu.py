@@ -10,7 +10,7 @@ import torch
 from processes import run_checks
 from torch import Tensor
 
-from fastvae.ops.types import Extents, Forward, Gradients, Likelihood, Needs, Spec
+from fastvae.ops.types import Extents, Forward, Gradients, Inputs, Likelihood, Needs, Spec
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -37,27 +37,28 @@ class Call:
         self.launcher = launcher
         self.x_hat = torch.randn(batch, features, device="cuda")
         self.x = torch.rand(batch, features, device="cuda")
-        self.mu, self.logvar = torch.randn(2, batch, latents, device="cuda")
-        self.beta = torch.tensor(0.5, device="cuda")
-        self.log_variance = torch.tensor(-0.3, device="cuda") if likelihood == "gaussian" else 0.0
         self.seed = torch.tensor(11, device="cuda")
+        self.inputs = Inputs(
+            self.x_hat,
+            self.x,
+            *torch.randn(2, batch, latents, device="cuda"),
+            beta=torch.tensor(0.5, device="cuda"),
+            log_variance=torch.tensor(-0.3, device="cuda") if likelihood == "gaussian" else 0.0,
+            seed=self.seed,
+        )
         self.g_loss = torch.tensor(2.0, device="cuda")
         self.g_z = torch.randn(batch, latents, device="cuda")
         self.spec, self.extents = Spec(likelihood, sample=True), Extents(1, batch, features, latents)
         self.needs = Needs(True, True, True, False, likelihood == "gaussian")
 
     def forward(self) -> Forward:
-        result: Forward = self.launcher.forward(
-            self.x_hat, self.x, self.mu, self.logvar, None, None, self.beta, self.log_variance, self.seed,
-            self.spec, self.extents,
-        )  # fmt: skip
+        result: Forward = self.launcher.forward(self.inputs, self.spec, self.extents)
         return result
 
     def backward(self) -> Gradients:
         result: Gradients = self.launcher.backward(
-            self.x_hat, self.x, self.mu, self.logvar, None, self.beta, self.log_variance, self.seed,
-            self.spec, self.extents, self.g_loss, None, None, self.g_z, None, self.needs,
-        )  # fmt: skip
+            self.inputs, self.spec, self.extents, Forward(self.g_loss, z=self.g_z), self.needs
+        )
         return result
 
     def both(self) -> list[Tensor]:
@@ -170,12 +171,10 @@ def test_more_than_2_to_the_31_elements(launcher: ModuleType) -> None:
     x_hat[-1, -1] = 2
     x = torch.zeros(1, features, dtype=torch.bfloat16, device="cuda").expand(batch, features)
     spec, extents, kl = Spec("mse", "none", "none"), Extents(1, batch, features, 1), torch.zeros(3).cuda()
-    values = launcher.forward(x_hat, x, None, None, kl, None, 1.0, 0.0, None, spec, extents)
+    inputs = Inputs(x_hat, x, kl=kl)
+    values = launcher.forward(inputs, spec, extents)
     assert values.recon.tolist() == [0, 0, 4]
-    upstream = (torch.ones(3, device="cuda"), None, None, None, None)
-    needs = Needs(True, False, False, False, False)
-    gradient = launcher.backward(
-        x_hat, x, None, None, None, 1.0, 0.0, None, spec, extents, *upstream, needs
-    ).x_hat
+    upstream, needs = Forward(torch.ones(3, device="cuda")), Needs(True, False, False, False, False)
+    gradient = launcher.backward(inputs, spec, extents, upstream, needs).x_hat
     assert gradient[-1, -1] == 4
     assert gradient.count_nonzero() == 1

@@ -1,6 +1,7 @@
 """The ELBO operators: one specification, several implementations."""
 
-from .api import elbo, fused_elbo, reparameterize, resolve_impl, sample_and_kl
+from .api import elbo, fused_elbo, reparameterize, sample_and_kl
+from .dispatch import resolve_impl
 from .types import ELBOTerms
 
 __all__ = ["ELBOTerms", "elbo", "fused_elbo", "reparameterize", "resolve_impl", "sample_and_kl"]

@@ -10,63 +10,35 @@ import torch
 from torch import Tensor
 
 from . import library, reference
-from .types import Extents, Forward, Gradients, Needs, Spec
+from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 
-def fused_elbo(
-    x_hat: Tensor | None,
-    x: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    weight: Tensor | None,
-    beta: float | Tensor,
-    log_variance: float | Tensor,
-    seed: int | Tensor | None,
-    spec: Spec,
-    extents: Extents,
-    kernels: ModuleType,
-) -> Forward:
+def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents, kernels: ModuleType) -> Forward:
     """Run the stages of `spec` on `kernels` (ops.native or ops.triton), differentiably."""
-    arguments = (x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed, spec, extents)
     if torch.compiler.is_compiling():
-        return library.fused_elbo(*arguments)
+        return library.fused_elbo(inputs, spec, extents)
     if not torch.is_grad_enabled():
-        result: Forward = kernels.forward(*arguments)
+        result: Forward = kernels.forward(inputs, spec, extents)
         return result
-    return Forward(*_FusedELBO.apply(*arguments, kernels))  # type: ignore[no-untyped-call]
+    return Forward(*_FusedELBO.apply(*inputs, spec, extents, kernels))  # type: ignore[no-untyped-call]
 
 
 class _FusedELBO(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_hat: Tensor | None,
-        x: Tensor | None,
-        mu: Tensor | None,
-        logvar: Tensor | None,
-        kl: Tensor | None,
-        weight: Tensor | None,
-        beta: float | Tensor,
-        log_variance: float | Tensor,
-        seed: int | Tensor | None,
-        spec: Spec,
-        extents: Extents,
-        kernels: ModuleType,
-    ) -> Forward:
+    def forward(ctx: Any, *arguments: Any) -> Forward:
+        *saved, ctx.spec, ctx.extents, ctx.kernels = arguments
         ctx.set_materialize_grads(False)
-        ctx.kernels, ctx.spec, ctx.extents = kernels, spec, extents
-        saved = (x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed)
-        ctx.constants = tuple(None if isinstance(v, Tensor) else v for v in saved)
+        ctx.constants = [None if isinstance(v, Tensor) else v for v in saved]
         ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in saved))
+        inputs, spec, extents, kernels = Inputs(*saved), ctx.spec, ctx.extents, ctx.kernels
         need = ctx.needs_input_grad
         ctx.needs = Needs(need[0], need[2], need[3], need[4], need[7])
         ctx.ready = None
         if kernels.GRADIENTS_IN_FORWARD and spec.likelihood and not (spec.sample or spec.per_sample):
             # the inputs are in the cache now, and a scalar loss is most often the root of backward
-            result, ctx.ready = kernels.forward_and_gradients(*saved, spec, extents, ctx.needs)
+            result, ctx.ready = kernels.forward_and_gradients(inputs, spec, extents, ctx.needs)
         else:
-            result = kernels.forward(*saved, spec, extents)
+            result = kernels.forward(inputs, spec, extents)
         return result  # type: ignore[no-any-return]
 
     @staticmethod
@@ -76,14 +48,14 @@ class _FusedELBO(torch.autograd.Function):
             return _reference_backward(ctx, upstream)
         g = _take_ready(ctx, upstream)
         if g is None:
-            saved = _saved(ctx)
-            inputs = (*saved[:4], *saved[5:])  # the value of kl has no part in a gradient
-            g = ctx.kernels.backward(*inputs, ctx.spec, ctx.extents, *upstream, ctx.needs)
+            g = ctx.kernels.backward(
+                Inputs(*_saved(ctx)), ctx.spec, ctx.extents, Forward(*upstream), ctx.needs
+            )
         return g.x_hat, None, g.mu, g.logvar, g.kl, None, None, g.log_variance, None, None, None, None
 
 
 def _saved(ctx: Any) -> list[Any]:
-    """The first nine arguments of forward."""
+    """The fields of Inputs that forward had."""
     return [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
 
 
@@ -116,14 +88,8 @@ def _reference_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Te
     for i in wanted:
         # an alias, since x_hat may itself depend on mu: partial derivatives are asked for
         saved[i] = saved[i].view_as(saved[i]) if create_graph else saved[i].detach().requires_grad_()
-    x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed = saved
-    spec, extents = ctx.spec, ctx.extents
     with torch.enable_grad():
-        outputs: list[Tensor | None] = [None] * 5
-        if spec.likelihood:
-            outputs[:3] = reference.elbo(x_hat, x, mu, logvar, kl, weight, beta, log_variance, spec, extents)
-        if spec.sample:
-            outputs[3:] = reference.sample_and_kl(mu, logvar, seed, spec, extents)
+        outputs = reference.forward(Inputs(*saved), ctx.spec, ctx.extents)
         pairs = [
             (o, g.reshape(o.shape))
             for o, g in zip(outputs, upstream, strict=True)

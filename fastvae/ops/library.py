@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import Extents, Forward, Needs, Spec, compute_dtype
+from .types import Extents, Forward, Inputs, Needs, Spec
 
 _INPUTS = (
     "Tensor? x_hat, Tensor? x, Tensor? mu, Tensor? logvar, Tensor? kl, Tensor? weight, Tensor? beta, "
@@ -28,27 +28,17 @@ _library.define(f"backward({_INPUTS}, {_GRADIENTS}) -> Tensor[]")
 _library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
-def fused_elbo(
-    x_hat: Tensor | None,
-    x: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    weight: Tensor | None,
-    beta: float | Tensor,
-    log_variance: float | Tensor,
-    seed: int | Tensor | None,
-    spec: Spec,
-    extents: Extents,
-) -> Forward:
+def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     """ops.autograd.fused_elbo, for a graph that is being compiled."""
+    seed = inputs.seed
     if isinstance(seed, int):
-        like = x_hat if mu is None else mu
-        seed = torch.full((), seed, dtype=torch.int64, device=None if like is None else like.device)
-    beta_tensor, beta_value = _split(beta)
-    variance_tensor, variance_value = _split(log_variance)
+        seed = torch.full((), seed, dtype=torch.int64, device=inputs.like.device)
+    beta, beta_value = _split(inputs.beta)
+    log_variance, log_variance_value = _split(inputs.log_variance)
     outputs = torch.ops.fastvae.forward(
-        *(x_hat, x, mu, logvar, kl, weight, beta_tensor, variance_tensor, seed, beta_value, variance_value),
+        *inputs._replace(beta=beta, log_variance=log_variance, seed=seed),
+        beta_value,
+        log_variance_value,
         list(extents),
         spec.likelihood,
         spec.recon_reduction,
@@ -70,81 +60,75 @@ def draw_seed(like: Tensor) -> Tensor:
     return seed
 
 
-def _split(value: float | Tensor) -> tuple[Tensor | None, float]:
+def _split(value: float | Tensor) -> tuple[Any, float]:
     """A schema has no type for a number or a tensor."""
     return (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
 
 
-def _call(arguments: tuple[Any, ...]) -> tuple[ModuleType, tuple[Any, ...]]:
-    """An op's inputs as those of an implementation, and which one."""
-    tensors, (beta_value, variance_value, extents, *choices) = arguments[:_TENSORS], arguments[_TENSORS:]
-    x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed = tensors
-    likelihood, recon_reduction, kl_reduction, half, clamp, sample, offset, first_row = choices
+def _call(arguments: tuple[Any, ...]) -> tuple[ModuleType, Inputs, Spec, Extents]:
+    """An op's arguments as those of an implementation, and which one."""
+    tensors = list(arguments[:_TENSORS])
+    *numbers, extents, likelihood, recon_reduction, kl_reduction, half, clamp, sample, offset, first_row = (
+        arguments[_TENSORS:]
+    )
+    for place, number in zip((6, 7), numbers, strict=True):  # beta and log_variance
+        if tensors[place] is None:
+            tensors[place] = number
+    inputs = Inputs(*tensors)
     bounds = None if clamp is None else (clamp[0], clamp[1])
     spec = Spec(likelihood, recon_reduction, kl_reduction, half, bounds, sample, offset, first_row)
-    device = (x_hat if mu is None else mu).device
     kernels: ModuleType
-    if device.type == "cpu":
+    if inputs.like.device.type == "cpu":
         from . import native as kernels
     else:
         from . import triton as kernels
-    return kernels, (
-        *(x_hat, x, mu, logvar, kl, weight),
-        beta_value if beta is None else beta,
-        variance_value if log_variance is None else log_variance,
-        seed,
-        spec,
-        Extents(*extents),
-    )
+    return kernels, inputs, spec, Extents(*extents)
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
-    kernels, inputs = _call(arguments)
-    return [t for t in kernels.forward(*inputs) if t is not None]
+    kernels, *call = _call(arguments)
+    return [t for t in kernels.forward(*call) if t is not None]
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
-    kernels, inputs = _call(arguments[:-6])
+    kernels, *call = _call(arguments[:-6])
     *upstream, needs = arguments[-6:]
-    gradients = kernels.backward(*inputs[:4], *inputs[5:], *upstream, Needs(*needs))
+    gradients = kernels.backward(*call, Forward(*upstream), Needs(*needs))
     return [t for t in gradients if t is not None]
 
 
 def _draw_seed(like: Tensor) -> Tensor:
-    from .api import draw_seed as eager
+    from .dispatch import draw_seed as eager
 
     return eager(like.device)
 
 
 def _forward_meta(*arguments: Any) -> list[Tensor]:
-    x_hat, x, mu, logvar = arguments[:4]
+    inputs = Inputs(*arguments[:_TENSORS])
     samples, batch, _, _ = arguments[_TENSORS + 2]
     likelihood, recon_reduction = arguments[_TENSORS + 3 : _TENSORS + 5]
     sample = arguments[_TENSORS + 8]
-    like = x_hat if mu is None else mu
-    dtype = compute_dtype(x_hat, x, mu, logvar)
+    dtype = inputs.compute_dtype
     outputs = []
     if likelihood is not None:
         shape = (batch,) if recon_reduction == "none" else ()
-        outputs = [like.new_empty(shape, dtype=dtype) for _ in range(3)]
-    if sample:
-        shape = mu.shape if samples == 1 else (samples, *mu.shape)
-        outputs += [mu.new_empty(shape), mu.new_empty((batch,), dtype=dtype)]
+        outputs = [inputs.like.new_empty(shape, dtype=dtype) for _ in range(3)]
+    if sample and inputs.mu is not None:
+        mu = inputs.mu
+        outputs.append(mu.new_empty(mu.shape if samples == 1 else (samples, *mu.shape)))
+        outputs.append(mu.new_empty((batch,), dtype=dtype))
     return outputs
 
 
 def _backward_meta(*arguments: Any) -> list[Tensor]:
-    x_hat, x, mu, logvar = arguments[:4]
-    like = x_hat if mu is None else mu
-    dtype = compute_dtype(x_hat, x, mu, logvar)
-    batch = arguments[_TENSORS + 2][1]
-    needs = Needs(*arguments[-1])
-    shapes = [
-        *(None if t is None else t.new_empty(t.shape) for t in (x_hat, mu, logvar)),
-        like.new_empty((batch,), dtype=dtype),
-        like.new_empty((), dtype=dtype),
+    inputs = Inputs(*arguments[:_TENSORS])
+    batch, needs = arguments[_TENSORS + 2][1], arguments[-1]
+    gradients = [
+        *(None if t is None else t.new_empty(t.shape) for t in (inputs.x_hat, inputs.mu, inputs.logvar)),
+        inputs.like.new_empty((batch,), dtype=inputs.compute_dtype),
+        inputs.like.new_empty((), dtype=inputs.compute_dtype),
     ]
-    return [t for t, needed in zip(shapes, needs, strict=True) if needed and t is not None]
+    return [t for t, needed in zip(gradients, needs, strict=True) if needed and t is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .types import Extents, Forward, Gradients, Needs, Spec, compute_dtype
+from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 # A scalar loss can make its gradients while the inputs are in the cache, at the upstream gradient 1.
 GRADIENTS_IN_FORWARD = True
@@ -25,113 +25,61 @@ _ONE_THREAD_BELOW = 1 << 16  # elements; waking a second thread costs more than 
 _View = tuple[int, int, int, int, int] | None
 
 
-def forward(
-    x_hat: Tensor | None,
-    x: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    weight: Tensor | None,
-    beta: float | Tensor,
-    log_variance: float | Tensor,
-    seed: int | Tensor | None,
-    spec: Spec,
-    extents: Extents,
-) -> Forward:
-    """Run the stages of `spec`; arguments as checked by ops.api."""
-    call = _Call(x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed, spec, extents)
-    result = call.outputs(mu)
+def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
+    """Run the stages of `spec`; arguments as checked by ops.checks."""
+    call = _Call(inputs, spec, extents)
+    result = call.outputs()
     call.run(result, None, Gradients())
     return result
 
 
 def forward_and_gradients(
-    x_hat: Tensor | None,
-    x: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    weight: Tensor | None,
-    beta: float | Tensor,
-    log_variance: float | Tensor,
-    seed: int | Tensor | None,
-    spec: Spec,
-    extents: Extents,
-    needs: Needs,
+    inputs: Inputs, spec: Spec, extents: Extents, needs: Needs
 ) -> tuple[Forward, Gradients]:
     """`forward`, and the gradients of the loss itself, in one pass."""
-    call = _Call(x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed, spec, extents)
-    result = call.outputs(mu)
-    gradients = call.gradients(x_hat, mu, logvar, needs)
+    call = _Call(inputs, spec, extents)
+    result, gradients = call.outputs(), call.gradients(needs)
     call.run(result, None, gradients)
     return result, gradients
 
 
-def backward(
-    x_hat: Tensor | None,
-    x: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    weight: Tensor | None,
-    beta: float | Tensor,
-    log_variance: float | Tensor,
-    seed: int | Tensor | None,
-    spec: Spec,
-    extents: Extents,
-    g_loss: Tensor | None,
-    g_recon: Tensor | None,
-    g_kl: Tensor | None,
-    g_z: Tensor | None,
-    g_kl_rows: Tensor | None,
-    needs: Needs,
-) -> Gradients:
-    """The gradients for the given upstream gradients; None is zero."""
-    call = _Call(x_hat, x, mu, logvar, None, weight, beta, log_variance, seed, spec, extents)
-    gradients = call.gradients(x_hat, mu, logvar, needs)
-    call.run(Forward(), (g_loss, g_recon, g_kl, g_z, g_kl_rows), gradients)
+def backward(inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward, needs: Needs) -> Gradients:
+    """The gradients for the upstream gradients of the fields of Forward; None is zero."""
+    # the value of kl has no part in a gradient
+    call = _Call(inputs._replace(kl=None), spec, extents)
+    gradients = call.gradients(needs)
+    call.run(Forward(), upstream, gradients)
     return gradients
 
 
 class _Call:
     """One call's arguments in the form of csrc/bind_elbo.cpp. It keeps alive what it points to."""
 
-    def __init__(
-        self,
-        x_hat: Tensor | None,
-        x: Tensor | None,
-        mu: Tensor | None,
-        logvar: Tensor | None,
-        kl: Tensor | None,
-        weight: Tensor | None,
-        beta: float | Tensor,
-        log_variance: float | Tensor,
-        seed: int | Tensor | None,
-        spec: Spec,
-        extents: Extents,
-    ) -> None:
-        self.spec, self.extents = spec, extents
-        self.dtype = compute_dtype(x_hat, x, mu, logvar)
+    def __init__(self, inputs: Inputs, spec: Spec, extents: Extents) -> None:
+        self.inputs, self.spec, self.extents = inputs, spec, extents
+        self.dtype = inputs.compute_dtype
         self.alive: list[Tensor] = []
         samples, batch, features, latents = extents
-        self.x_hat = self._view(x_hat, samples, batch, features)
-        self.x = self._view(x, 1, batch, features)
-        self.mu = self._view(mu, 1, batch, latents)
-        self.logvar = self._view(logvar, 1, batch, latents)
-        self.kl = self._vector(kl)
-        self.weight = self._vector(weight)
+        self.x_hat = self._view(inputs.x_hat, samples, batch, features)
+        self.x = self._view(inputs.x, 1, batch, features)
+        self.mu = self._view(inputs.mu, 1, batch, latents)
+        self.logvar = self._view(inputs.logvar, 1, batch, latents)
+        self.kl = self._vector(inputs.kl)
+        self.weight = self._vector(inputs.weight)
         self.beta, self.beta_latents = 1.0, 0
-        if not isinstance(beta, Tensor):
-            self.beta = float(beta)
-        elif beta.numel() == 1:
-            self.beta = beta.item()
+        if not isinstance(inputs.beta, Tensor):
+            self.beta = float(inputs.beta)
+        elif inputs.beta.numel() == 1:
+            self.beta = inputs.beta.item()
         else:
-            self.beta_latents = self._vector(beta.reshape(-1))
-        self.log_variance = float(log_variance)
-        self.noise = None if seed is None else (int(seed), spec.offset, spec.first_row)
+            self.beta_latents = self._vector(inputs.beta.reshape(-1))
+        self.log_variance = float(inputs.log_variance)
+        self.noise = None if inputs.seed is None else (int(inputs.seed), spec.offset, spec.first_row)
 
-    def outputs(self, mu: Tensor | None) -> Forward:
+    def outputs(self) -> Forward:
         """Uninitialised results of the stages that run."""
         samples, batch, _, _ = self.extents
+        mu = self.inputs.mu
         loss = recon = kl = z = kl_rows = None
         if self.spec.likelihood:
             shape = (batch,) if self.spec.per_sample else ()
@@ -141,9 +89,7 @@ class _Call:
             kl_rows = torch.empty(batch, dtype=self.dtype)
         return Forward(loss, recon, kl, z, kl_rows)
 
-    def gradients(
-        self, x_hat: Tensor | None, mu: Tensor | None, logvar: Tensor | None, needs: Needs
-    ) -> Gradients:
+    def gradients(self, needs: Needs) -> Gradients:
         """Uninitialised gradients, contiguous in the shapes of their inputs."""
 
         def like(needed: bool, tensor: Tensor | None) -> Tensor | None:
@@ -152,26 +98,25 @@ class _Call:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
 
         return Gradients(
-            like(needs.x_hat, x_hat),
-            like(needs.mu, mu),
-            like(needs.logvar, logvar),
+            like(needs.x_hat, self.inputs.x_hat),
+            like(needs.mu, self.inputs.mu),
+            like(needs.logvar, self.inputs.logvar),
             torch.empty(self.extents.batch, dtype=self.dtype) if needs.kl else None,
             torch.empty((), dtype=self.dtype) if needs.log_variance else None,
         )
 
-    def run(self, values: Forward, upstream: tuple[Tensor | None, ...] | None, gradients: Gradients) -> None:
+    def run(self, values: Forward, upstream: Forward | None, gradients: Gradients) -> None:
         spec, extents = self.spec, self.extents
         samples, batch, features, latents = extents
         elements = max(samples * batch * features, samples * batch * latents)
         rows = None
         if upstream is not None:
-            g_loss, g_recon, g_kl, g_z, g_kl_rows = upstream
             rows = (
-                self._per_row(g_loss),
-                self._per_row(g_recon),
-                self._per_row(g_kl),
-                self._view(g_z, samples, batch, latents),
-                self._per_row(g_kl_rows),
+                self._per_row(upstream.loss),
+                self._per_row(upstream.recon),
+                self._per_row(upstream.kl),
+                self._view(upstream.z, samples, batch, latents),
+                self._per_row(upstream.kl_rows),
             )
         _native.elbo(
             self.dtype == torch.float64,

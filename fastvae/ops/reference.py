@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import Extents, Spec, compute_dtype
+from .types import Extents, Forward, Inputs, Spec, compute_dtype
 
 _MASK = 0xFFFFFFFF
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
@@ -143,10 +143,22 @@ def clamp_logvar(logvar: Tensor, spec: Spec) -> Tensor:
     return logvar if spec.logvar_clamp is None else logvar.clamp(*spec.logvar_clamp)
 
 
-def sample_and_kl(
-    mu: Tensor, logvar: Tensor, seed: int | Tensor, spec: Spec, extents: Extents
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
+    """The stages that `spec` asks for."""
+    loss = recon = kl = z = kl_rows = None
+    if spec.likelihood:
+        loss, recon, kl = elbo(inputs, spec, extents)
+    if spec.sample:
+        z, kl_rows = sample_and_kl(inputs, spec, extents)
+    return Forward(loss, recon, kl, z, kl_rows)
+
+
+def sample_and_kl(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor]:
     """z = mu + sigma eps as [K, B, Z] in mu's dtype, and the KL of each datum as [B]."""
+    mu, logvar, seed = inputs.mu, inputs.logvar, inputs.seed
+    assert mu is not None
+    assert logvar is not None
+    assert seed is not None
     dtype = compute_dtype(mu, logvar)
     m = mu.reshape(extents.batch, extents.latents).to(dtype)
     v = clamp_logvar(logvar.reshape(extents.batch, extents.latents).to(dtype), spec)
@@ -163,20 +175,12 @@ def sample_and_kl(
     return z.to(mu.dtype), kl_elements(m, v).sum(1)
 
 
-def elbo(
-    x_hat: Tensor,
-    x: Tensor,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    weight: Tensor | None,
-    beta: Tensor | float,
-    log_variance: Tensor | float,
-    spec: Spec,
-    extents: Extents,
-) -> tuple[Tensor, Tensor, Tensor]:
+def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, recon, kl) of x_hat [K, B, D], x [B, D] and either mu and logvar [B, Z] or kl [B]."""
-    dtype = compute_dtype(x_hat, x, mu, logvar)
+    x_hat, x, mu, logvar, kl, weight, beta, log_variance, _ = inputs
+    assert x_hat is not None
+    assert x is not None
+    dtype = inputs.compute_dtype
     target = x.reshape(extents.batch, extents.features).to(dtype)
     if x.dtype == torch.uint8:
         target = target / 255

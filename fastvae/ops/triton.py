@@ -1,6 +1,6 @@
 """Launches of the Triton kernels: one for a forward, one for a backward, and no host synchronisation.
 
-The one module that imports triton; `ops.api` imports it when it is first needed. Under Triton's interpreter
+The one module that imports triton; `ops.dispatch` imports it when it is first needed. Under Triton's interpreter
 (TRITON_INTERPRET=1 before triton is imported) the same launches run on CPU tensors.
 """
 
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ..kernels.elbo import elbo_backward_kernel, elbo_forward_kernel
-from .types import Extents, Forward, Gradients, Needs, Spec
+from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 # A gradient made in the forward would need the upstream scalar, and reading it would wait for the GPU.
 GRADIENTS_IN_FORWARD = False
@@ -53,28 +53,21 @@ def plan(batch: int, features: int, latents: int, multiprocessors: int) -> Plan:
     return Plan(rows, block_d, block_z, warps, row_programs, splits)
 
 
-def forward(
-    x_hat: Tensor | None, x: Tensor | None, mu: Tensor | None, logvar: Tensor | None, kl: Tensor | None,
-    weight: Tensor | None, beta: Tensor | float, log_variance: Tensor | float, seed: int | Tensor | None,
-    spec: Spec, extents: Extents,
-) -> Forward:  # fmt: skip
+def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     """All stages that `spec` and the given tensors ask for, in one launch.
 
-    x_hat [K, B, D] or [B, D] and x [B, D] in any trailing shape and strides, mu and logvar [B, Z] likewise,
-    or kl [B] in their place; weight [B]; beta a number, a 0-d tensor or one with Z elements; log_variance a
-    number or a 0-d tensor; seed an int or a 0-d int64 tensor. A replayed CUDA graph reads tensors anew, and
-    numbers are frozen into it.
+    A replayed CUDA graph reads tensors anew, and numbers are frozen into it.
 
     Raises:
         TypeError: an input is float64, which the kernels do not compute in.
     """
-    _refuse_float64(x_hat=x_hat, x=x, mu=mu, logvar=logvar)
-    like = x_hat if x_hat is not None else mu
-    assert like is not None
-    device = like.device
+    _refuse_float64(inputs)
+    device = inputs.like.device
     samples, batch, features, latents = extents
     reconstructs = spec.likelihood is not None
-    cut = plan(batch, features if reconstructs else 0, latents if mu is not None else 0, _processors(device))
+    cut = plan(
+        batch, features if reconstructs else 0, latents if inputs.mu is not None else 0, _processors(device)
+    )
     programs = cut.row_programs * cut.splits
 
     loss = recon = kl_term = z = kl_rows = None
@@ -82,6 +75,7 @@ def forward(
         shape = (batch,) if spec.per_sample else ()
         loss, recon, kl_term = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3))
     if spec.sample:
+        mu = inputs.mu
         assert mu is not None
         z_shape = mu.shape if samples == 1 else (samples, *mu.shape)
         z = torch.empty(z_shape, dtype=mu.dtype, device=device)
@@ -90,25 +84,17 @@ def forward(
     row_partials = 3 * cut.splits * batch if by_row else 0
     partial = torch.empty(3 * programs + row_partials, dtype=torch.float32, device=device)
 
-    arguments = _shared_arguments(
-        x_hat, x, mu, logvar, weight, beta, log_variance, seed, spec, extents, cut, device
-    )
+    arguments = _shared_arguments(inputs, spec, extents, cut)
     arguments.update(
-        p_kl_given=kl, p_loss=loss, p_recon=recon, p_kl=kl_term, p_z=z, p_kl_rows=kl_rows,
-        p_partial=partial, p_ticket=_ticket(device), stride_kl_given=_row_stride(kl),
+        p_kl_given=inputs.kl, p_loss=loss, p_recon=recon, p_kl=kl_term, p_z=z, p_kl_rows=kl_rows,
+        p_partial=partial, p_ticket=_ticket(device), stride_kl_given=_row_stride(inputs.kl),
         SAMPLE=spec.sample, PER_SAMPLE=reconstructs and spec.per_sample,
     )  # fmt: skip
     _launch(elbo_forward_kernel, device, cut, arguments)
     return Forward(loss, recon, kl_term, z, kl_rows)
 
 
-def backward(
-    x_hat: Tensor | None, x: Tensor | None, mu: Tensor | None, logvar: Tensor | None,
-    weight: Tensor | None, beta: Tensor | float, log_variance: Tensor | float, seed: int | Tensor | None,
-    spec: Spec, extents: Extents,
-    g_loss: Tensor | None, g_recon: Tensor | None, g_kl: Tensor | None,
-    g_z: Tensor | None, g_kl_rows: Tensor | None, needs: Needs,
-) -> Gradients:  # fmt: skip
+def backward(inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward, needs: Needs) -> Gradients:
     """The gradients that `needs` names, in one launch; inputs as in `forward`.
 
     The upstream gradients belong to the fields of `Forward` and may be None, expanded or strided. Neither
@@ -117,34 +103,30 @@ def backward(
     Raises:
         TypeError: an input is float64, which the kernels do not compute in.
     """
-    _refuse_float64(x_hat=x_hat, x=x, mu=mu, logvar=logvar)
-    needs = Needs(*needs)
-    like = x_hat if x_hat is not None else mu
-    assert like is not None
-    device = like.device
+    _refuse_float64(inputs)
+    device = inputs.like.device
     samples, batch, features, latents = extents
     of_features, of_latents = needs.x_hat or needs.log_variance, needs.mu or needs.logvar
     cut = plan(batch, features if of_features else 0, latents if of_latents else 0, _processors(device))
 
     d_kl = d_log_variance = partial = ticket = None
-    d_x_hat = _contiguous_like(x_hat) if needs.x_hat else None
-    d_mu = _contiguous_like(mu) if needs.mu else None
-    d_logvar = _contiguous_like(logvar) if needs.logvar else None
+    d_x_hat = _contiguous_like(inputs.x_hat) if needs.x_hat else None
+    d_mu = _contiguous_like(inputs.mu) if needs.mu else None
+    d_logvar = _contiguous_like(inputs.logvar) if needs.logvar else None
     if needs.kl:
         d_kl = torch.empty(batch, dtype=torch.float32, device=device)
     if needs.log_variance:
-        assert isinstance(log_variance, Tensor)
-        d_log_variance = torch.empty_like(log_variance)
+        assert isinstance(inputs.log_variance, Tensor)
+        d_log_variance = torch.empty_like(inputs.log_variance)
         partial = torch.empty(cut.row_programs * cut.splits, dtype=torch.float32, device=device)
         ticket = _ticket(device)
+    g_loss, g_recon, g_kl, g_z, g_kl_rows = upstream
     g_z_strides: tuple[int, ...] = (0, 0, 0)
     if g_z is not None:
         g_z = g_z.reshape(samples, batch, latents)
         g_z_strides = g_z.stride()
 
-    arguments = _shared_arguments(
-        x_hat, x, mu, logvar, weight, beta, log_variance, seed, spec, extents, cut, device
-    )
+    arguments = _shared_arguments(inputs, spec, extents, cut)
     arguments.update(
         p_g_loss=g_loss, p_g_recon=g_recon, p_g_kl=g_kl, p_g_z=g_z, p_g_kl_rows=g_kl_rows,
         p_d_x_hat=d_x_hat, p_d_mu=d_mu, p_d_logvar=d_logvar, p_d_kl=d_kl, p_d_log_variance=d_log_variance,
@@ -157,16 +139,13 @@ def backward(
     return Gradients(d_x_hat, d_mu, d_logvar, d_kl, d_log_variance)
 
 
-def _shared_arguments(
-    x_hat: Tensor | None, x: Tensor | None, mu: Tensor | None, logvar: Tensor | None,
-    weight: Tensor | None, beta: Tensor | float, log_variance: Tensor | float, seed: int | Tensor | None,
-    spec: Spec, extents: Extents, cut: Plan, device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -> dict[str, Any]:
     """What the two kernels have in common: inputs with their strides, choices, and how the launch is cut."""
     samples, batch, features, latents = extents
-    p_beta, beta_number = _tensor_or_number(beta, device)
-    p_log_variance, log_variance_number = _tensor_or_number(log_variance, device)
-    p_seed, seed_number = _tensor_or_number(0 if seed is None else seed, device)
+    device, weight = inputs.like.device, inputs.weight
+    p_beta, beta_number = _tensor_or_number(inputs.beta, device)
+    p_log_variance, log_variance_number = _tensor_or_number(inputs.log_variance, device)
+    p_seed, seed_number = _tensor_or_number(0 if inputs.seed is None else inputs.seed, device)
     by_latent = p_beta is not None and p_beta.numel() > 1
     if p_beta is not None and by_latent:
         p_beta = p_beta.reshape(-1)
@@ -174,10 +153,12 @@ def _shared_arguments(
     recon_scale = spec.recon_scale(extents)
     if spec.half and spec.likelihood == "mse":
         recon_scale *= 0.5
-    x_hat, x_hat_stride, unit, (x_hat_row, x_hat_col) = _samples_of_matrix(x_hat, samples, batch, features)
-    x, (x_row, x_col) = _matrix(x, batch, features)
-    mu, (mu_row, mu_col) = _matrix(mu, batch, latents)
-    logvar, (logvar_row, logvar_col) = _matrix(logvar, batch, latents)
+    x_hat, x_hat_stride, unit, (x_hat_row, x_hat_col) = _samples_of_matrix(
+        inputs.x_hat, samples, batch, features
+    )
+    x, (x_row, x_col) = _matrix(inputs.x, batch, features)
+    mu, (mu_row, mu_col) = _matrix(inputs.mu, batch, latents)
+    logvar, (logvar_row, logvar_col) = _matrix(inputs.logvar, batch, latents)
     return {
         "p_x_hat": x_hat, "p_x": x, "p_mu": mu, "p_logvar": logvar, "p_weight": weight,
         "p_beta": p_beta, "p_log_variance": p_log_variance, "p_seed": p_seed,
@@ -255,8 +236,9 @@ def _contiguous_like(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _refuse_float64(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
+def _refuse_float64(inputs: Inputs) -> None:
+    for name in ("x_hat", "x", "mu", "logvar"):
+        tensor = getattr(inputs, name)
         if tensor is not None and tensor.dtype == torch.float64:
             raise TypeError(
                 f"{name}: the Triton kernels compute in float32; got float64, expected float32, bfloat16 or "

@@ -81,6 +81,37 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+class Inputs(NamedTuple):
+    """The inputs of one call, as given: any strides, any trailing shapes; None for what is not given.
+
+    x_hat: [B, *features] or [K, B, *features]. x: [B, *features]. mu, logvar: [B, *latents]; or kl: [B].
+    weight: [B]. beta: a number, one element, or one a latent. log_variance: a number or one element. seed:
+    64 bits, an int or an int64 tensor.
+    """
+
+    x_hat: Tensor | None = None
+    x: Tensor | None = None
+    mu: Tensor | None = None
+    logvar: Tensor | None = None
+    kl: Tensor | None = None
+    weight: Tensor | None = None
+    beta: float | Tensor = 1.0
+    log_variance: float | Tensor = 0.0
+    seed: int | Tensor | None = None
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor on the device of all."""
+        tensor = self.mu if self.x_hat is None else self.x_hat
+        assert tensor is not None
+        return tensor
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of arithmetic, accumulation and loss: float64 if any input is, else float32."""
+        return compute_dtype(self.x_hat, self.x, self.mu, self.logvar)
+
+
 class Forward(NamedTuple):
     """What an implementation's forward gives; None for a stage that did not run.
 

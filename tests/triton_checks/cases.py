@@ -9,7 +9,7 @@ import torch
 from launches import Compiled, compile_for, record
 
 from fastvae.ops import triton as launcher
-from fastvae.ops.types import Extents, Likelihood, Needs, Reduction, Spec
+from fastvae.ops.types import Extents, Forward, Inputs, Likelihood, Needs, Reduction, Spec
 
 FP32, BF16, UINT8 = torch.float32, torch.bfloat16, torch.uint8
 
@@ -33,14 +33,12 @@ def elbo(
         seed = torch.zeros((), dtype=torch.int64) if sample else None
         spec = Spec(likelihood, reduction, reduction, logvar_clamp=clamp, sample=sample)
         extents = Extents(samples, batch, features, latents)
-        launcher.forward(x_hat, x, mu, logvar, kl, weight, beta, variance, seed, spec, extents)
+        inputs = Inputs(x_hat, x, mu, logvar, kl, weight, beta, variance, seed)
+        launcher.forward(inputs, spec, extents)
         g_loss = torch.ones(batch if reduction == "none" else ())
         g_z = torch.empty(samples, batch, latents, dtype=dtype) if sample else None
         needs = Needs(True, not kl_given, not kl_given, kl_given, likelihood == "gaussian")
-        launcher.backward(
-            x_hat, x, mu, logvar, weight, beta, variance, seed, spec, extents,
-            g_loss, None, None, g_z, None, needs,
-        )  # fmt: skip
+        launcher.backward(inputs, spec, extents, Forward(g_loss, z=g_z), needs)
 
     return call
 
@@ -52,12 +50,11 @@ def sampling(batch: int, latents: int, *, samples: int = 1, dtype: torch.dtype =
         mu, logvar = torch.empty(2, batch, latents, dtype=dtype)
         seed = torch.zeros((), dtype=torch.int64)
         spec, extents = Spec(sample=True), Extents(samples, batch, 0, latents)
-        launcher.forward(None, None, mu, logvar, None, None, 1.0, 0.0, seed, spec, extents)
+        inputs = Inputs(mu=mu, logvar=logvar, seed=seed)
+        launcher.forward(inputs, spec, extents)
         g_z, g_kl = torch.empty(samples, batch, latents, dtype=dtype), torch.empty(batch)
         needs = Needs(False, True, True, False, False)
-        launcher.backward(
-            None, None, mu, logvar, None, 1.0, 0.0, seed, spec, extents, None, None, None, g_z, g_kl, needs
-        )
+        launcher.backward(inputs, spec, extents, Forward(z=g_z, kl_rows=g_kl), needs)
 
     return call
 

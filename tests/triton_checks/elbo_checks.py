@@ -10,11 +10,11 @@ import os
 
 import pytest
 import torch
-from numerics import Case, Inputs, check, make_inputs, run_backward, run_triton
+from numerics import Case, check, make_inputs, run_backward, run_triton
 
 from fastvae.ops import triton as launcher
 from fastvae.ops.autograd import fused_elbo as differentiable
-from fastvae.ops.types import Extents, Needs, Spec
+from fastvae.ops.types import Extents, Forward, Inputs, Needs, Spec
 
 DEVICE = os.environ["FASTVAE_CHECK_DEVICE"]
 BF16, FP16, FP32, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.uint8
@@ -147,14 +147,14 @@ def test_a_factor_of_zero_drops_an_infinite_term(dropped: str) -> None:
     assert inputs.logvar is not None
     inputs.logvar[0, 1] = 200.0  # exp overflows
     if dropped == "beta":
-        inputs.beta = 0.0
+        inputs = inputs._replace(beta=0.0)
     elif dropped == "beta tensor":
-        inputs.beta = torch.zeros((), device=DEVICE)
+        inputs = inputs._replace(beta=torch.zeros((), device=DEVICE))
     elif dropped == "beta by latent":
-        inputs.beta = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0], device=DEVICE)
+        inputs = inputs._replace(beta=torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0], device=DEVICE))
     else:
-        inputs.weight = torch.tensor([0.0, 1.0, 1.0], device=DEVICE)
-    values = launcher.forward(*inputs, case.spec, case.extents)
+        inputs = inputs._replace(weight=torch.tensor([0.0, 1.0, 1.0], device=DEVICE))
+    values = launcher.forward(inputs, case.spec, case.extents)
     gradients = run_backward(case, inputs, [torch.ones((), device=DEVICE), None, None, None, None])
     assert values.loss is not None
     assert values.kl is not None
@@ -171,17 +171,14 @@ def test_softplus_keeps_its_digits_in_the_tail() -> None:
     """-log p of a sure and right answer is e^-|l|, far below 1."""
     logits = torch.tensor([-80.0, -30.0, -5.0, 5.0, 30.0, 80.0], device=DEVICE)[:, None]
     x = (logits > 0).float()
-    kl = torch.zeros(6, device=DEVICE)
+    inputs = Inputs(logits, x, kl=torch.zeros(6, device=DEVICE))
     spec, extents = Spec("bernoulli", "none", "none"), Extents(1, 6, 1, 1)
-    values = launcher.forward(logits, x, None, None, kl, None, 1.0, 0.0, None, spec, extents)
+    values = launcher.forward(inputs, spec, extents)
     truth = torch.log1p(torch.exp(-logits.double().abs()))[:, 0]
     assert values.recon is not None
     assert ((values.recon.double() - truth).abs() <= 1e-6 * truth).all()
     needs = Needs(True, False, False, False, False)
-    upstream = (torch.ones(6, device=DEVICE), None, None, None, None)
-    slope = launcher.backward(
-        logits, x, None, None, None, 1.0, 0.0, None, spec, extents, *upstream, needs
-    ).x_hat
+    slope = launcher.backward(inputs, spec, extents, Forward(torch.ones(6, device=DEVICE)), needs).x_hat
     assert slope is not None
     truth = torch.sigmoid(-logits.double().abs()) * -logits.sign()
     assert ((slope.double() - truth).abs() <= 1e-6 * truth.abs()).all()
@@ -194,7 +191,7 @@ def test_through_autograd_twice() -> None:
     leaves = [inputs.x_hat, inputs.mu, inputs.logvar, inputs.log_variance]
     for leaf in leaves:
         leaf.requires_grad_()
-    result = differentiable(*inputs, case.spec, case.extents, launcher)
+    result = differentiable(inputs, case.spec, case.extents, launcher)
     assert result.loss is not None
     assert result.z is not None
     total = 3 * result.loss + result.z.sum()
@@ -212,10 +209,9 @@ def test_only_the_needed_gradients_are_made() -> None:
     generator = torch.Generator().manual_seed(3)
     inputs = make_inputs(case, generator, DEVICE)
     _, every, upstream = run_triton(case, inputs, generator, DEVICE)
-    x_hat, x, mu, logvar, _, *rest = inputs
     for wanted in ("x_hat", "mu", "logvar"):
         needs = Needs(*(name == wanted for name in Needs._fields))
-        got = launcher.backward(x_hat, x, mu, logvar, *rest, case.spec, case.extents, *upstream, needs)
+        got = launcher.backward(inputs, case.spec, case.extents, Forward(*upstream), needs)
         for name, gradient in got._asdict().items():
             if name == wanted:
                 torch.testing.assert_close(gradient, getattr(every, name))
@@ -226,14 +222,14 @@ def test_only_the_needed_gradients_are_made() -> None:
 def test_float64_is_refused_by_name() -> None:
     inputs = make_inputs(Case(), torch.Generator(), DEVICE)
     assert inputs.logvar is not None
-    inputs = Inputs(*list(inputs)[:3], inputs.logvar.double(), *list(inputs)[4:])
+    inputs = inputs._replace(logvar=inputs.logvar.double())
     with pytest.raises(TypeError, match=r"logvar: .*got float64, expected float32"):
-        launcher.forward(*inputs, Case().spec, Case().extents)
+        launcher.forward(inputs, Case().spec, Case().extents)
 
 
 def _sample_and_kl(mu: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     extents = Extents(1, mu.shape[0], 0, mu.shape[1])
-    values = launcher.forward(None, None, mu, logvar, None, None, 1.0, 0.0, 7, Spec(sample=True), extents)
+    values = launcher.forward(Inputs(mu=mu, logvar=logvar, seed=7), Spec(sample=True), extents)
     assert values.z is not None
     assert values.kl_rows is not None
     return values.z, values.kl_rows

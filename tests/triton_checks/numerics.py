@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from triton.runtime import interpreter
 
 from fastvae.ops import reference
 from fastvae.ops import triton as launcher
-from fastvae.ops.types import Extents, Forward, Gradients, Needs, Spec
+from fastvae.ops.types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 FIELDS = ("x_hat", "mu", "logvar", "kl", "log_variance")
 NOISE_TOLERANCE = 4e-6  # the implementations' normals agree to this
@@ -67,24 +66,6 @@ class Case:
     @property
     def extents(self) -> Extents:
         return Extents(self.samples, self.batch, self.features, 1 if self.kl_given else self.latents)
-
-
-@dataclass
-class Inputs:
-    """The tensors of a call, in the order of the launcher's arguments."""
-
-    x_hat: Tensor | None
-    x: Tensor | None
-    mu: Tensor | None
-    logvar: Tensor | None
-    kl: Tensor | None
-    weight: Tensor | None
-    beta: Any
-    log_variance: Any
-    seed: Any
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(vars(self).values())
 
 
 def lay(values: Tensor, layout: str) -> Tensor:
@@ -187,14 +168,7 @@ def run_reference(
         return value.detach().to(dtype).requires_grad_()
 
     cast_inputs = Inputs(*(cast(value) for value in inputs))
-    x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed = cast_inputs
-    outputs: list[Any] = [None] * 5
-    if case.likelihood:
-        outputs[:3] = reference.elbo(
-            x_hat, x, mu, logvar, kl, weight, beta, log_variance, case.spec, case.extents
-        )
-    if case.sample:
-        outputs[3:] = reference.sample_and_kl(mu, logvar, seed, case.spec, case.extents)
+    outputs = reference.forward(cast_inputs, case.spec, case.extents)
     pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o is not None and g is not None]
     wanted = [name for name in FIELDS if isinstance(getattr(cast_inputs, name), Tensor)]
     found = torch.autograd.grad(
@@ -211,7 +185,7 @@ def run_triton(
     case: Case, inputs: Inputs, generator: torch.Generator, device: str
 ) -> tuple[Forward, Gradients, list[Tensor | None]]:
     """Values and gradients of the launcher, and the upstream gradients they were made for."""
-    forward = launcher.forward(*inputs, case.spec, case.extents)
+    forward = launcher.forward(inputs, case.spec, case.extents)
     upstream = make_upstream(case, forward, generator, device)
     return forward, run_backward(case, inputs, upstream), upstream
 
@@ -219,8 +193,7 @@ def run_triton(
 def run_backward(case: Case, inputs: Inputs, upstream: list[Tensor | None]) -> Gradients:
     """The launcher's gradients of every input that can have one."""
     needs = Needs(*(isinstance(getattr(inputs, name), Tensor) for name in FIELDS))
-    x_hat, x, mu, logvar, _, *rest = inputs
-    return launcher.backward(x_hat, x, mu, logvar, *rest, case.spec, case.extents, *upstream, needs)
+    return launcher.backward(inputs, case.spec, case.extents, Forward(*upstream), needs)
 
 
 def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor, slack: float = 0.0) -> None:
@@ -276,7 +249,7 @@ def check(case: Case, device: str, seed: int) -> None:
     for old, new in zip([*before, *upstream_before], [*inputs, *upstream], strict=True):
         assert not isinstance(old, Tensor) or torch.equal(old, new), "an input was written to"
 
-    again = launcher.forward(*inputs, case.spec, case.extents)
+    again = launcher.forward(inputs, case.spec, case.extents)
     again_gradients = run_backward(case, inputs, upstream)
     for first, second in zip([*values, *gradients], [*again, *again_gradients], strict=True):
         assert first is None or torch.equal(first, second), "two runs differ"

@@ -1,0 +1,101 @@
+"""Which implementation runs: native for CPU tensors, triton for CUDA, the reference for every other."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import library, reference
+from .autograd import fused_elbo
+from .checks import check_choice
+from .types import Extents, Forward, Impl, Inputs, Spec
+
+_IMPLS = ("auto", "reference", "native", "triton")
+
+
+def resolve_impl(impl: Impl, device: torch.device) -> tuple[str, str]:
+    """The implementation that `impl` means for tensors on `device`, and why, in a few words.
+
+    Raises:
+        ValueError: an unknown name. RuntimeError: a named implementation that cannot run there.
+    """
+    check_choice("impl", impl, _IMPLS)
+    if impl == "reference":
+        return impl, "plain torch, as asked"
+    if impl in ("auto", "native") and device.type == "cpu":
+        return "native", "C++ operators for CPU tensors"
+    if impl in ("auto", "triton") and device.type == "cuda":
+        if _triton_available():
+            return "triton", "fused Triton kernels for CUDA tensors"
+        if impl == "auto":
+            return "reference", "plain torch, since triton is not installed"
+        raise RuntimeError('impl: got "triton", but triton is not installed; install it, or use impl="auto"')
+    if impl == "auto":
+        return "reference", f"plain torch, since there are no kernels for {device.type} tensors"
+    where = {"native": "CPU", "triton": "CUDA"}[impl]
+    raise RuntimeError(
+        f'impl: got "{impl}" for tensors on {device}, expected {where} tensors; '
+        'move the tensors there, or use impl="auto"'
+    )
+
+
+def run(inputs: Inputs, spec: Spec, extents: Extents, impl: Impl) -> Forward:
+    """The stages of `spec` on the implementation that `impl` means for these inputs."""
+    kernels = _kernels(impl, inputs)
+    if kernels is reference:
+        return reference.forward(inputs, spec, extents)
+    return fused_elbo(inputs, spec, extents, kernels)
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """64 random bits from torch's generator on `device`, as an int64 tensor there."""
+    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), 2**63 - 1, generator=generator)
+
+
+def seed_for(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """`draw_seed` on the device of `like`, in eager mode and in a graph that is being compiled."""
+    if generator is None and torch.compiler.is_compiling():
+        return library.draw_seed(like)
+    return draw_seed(like.device, generator)
+
+
+def _kernels(impl: Impl, inputs: Inputs) -> ModuleType:
+    """The module that runs on these inputs."""
+    device = inputs.like.device
+    if device.type == "cpu" and (impl == "auto" or impl == "native"):
+        from . import native
+
+        return native
+    name, _ = resolve_impl(impl, device)
+    if name == "reference":
+        if impl == "auto" and device.type == "cuda":
+            _warn_without_triton()
+        return reference
+    if inputs.compute_dtype == torch.float64:
+        if impl == "triton":
+            raise TypeError('impl: got "triton" with float64 tensors, expected float32, bfloat16 or float16')
+        return reference
+    from . import triton
+
+    return triton
+
+
+def _triton_available() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _warn_without_triton() -> None:
+    """Warn once."""
+    warnings.warn(
+        "fastvae: triton is not installed, so CUDA tensors use the slower reference; pip install triton",
+        stacklevel=4,
+    )
