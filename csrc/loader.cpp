@@ -4,38 +4,23 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <bit>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <new>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "rows.hpp"
+
 namespace fastvae {
 namespace {
 
-constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15;
 constexpr std::size_t kCacheLine = 64;
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
 constexpr std::size_t kHugeFrom = std::size_t{1} << 22;
-
-// The finalizer of splitmix64.
-std::uint64_t mix(std::uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-}
-
-// After the finalizer of MurmurHash3: 32 bits wide, so that a vector holds many.
-[[gnu::always_inline]] inline std::uint32_t round_function(std::uint32_t half, std::uint32_t key) {
-    std::uint32_t h = (half ^ key) * 0x85ebca6b;
-    h = (h ^ (h >> 15)) * 0xc2b2ae35;
-    return h ^ (h >> 16);
-}
 
 std::size_t round_up(std::size_t value, std::size_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
@@ -54,77 +39,6 @@ public:
 private:
     std::string what_;
 };
-
-// x / 255, correctly rounded, without a division: 1/255 = 257/65536 + rest, an 8-bit x times 257/65536 is
-// exact in float32, so the sum rounds once; it does not matter whether the compiler fuses it.
-inline float widen(std::uint8_t x) {
-    constexpr double head = 257.0 / 65536.0;
-    constexpr double rest = 1.0 / 255.0 - head;
-    const auto v = static_cast<float>(static_cast<std::int32_t>(x));
-    return v * static_cast<float>(head) + v * static_cast<float>(rest);
-}
-inline float widen(float x) { return x; }
-inline float widen(double x) { return static_cast<float>(x); }
-
-using RowKernel = void (*)(const std::byte* row, float* out, std::int64_t pixels);
-
-// The one source of the row kernels, inlined into a function for each instruction set.
-template <typename T, int C>
-[[gnu::always_inline]] inline void convert(const std::byte* row, float* __restrict out, std::int64_t pixels) {
-    const T* __restrict x = reinterpret_cast<const T*>(row);
-    for (std::int64_t p = 0; p < pixels; ++p) {
-        for (int c = 0; c < C; ++c) out[c * pixels + p] = widen(x[p * C + c]);
-    }
-}
-
-template <typename T, int C>
-void convert_baseline(const std::byte* row, float* out, std::int64_t pixels) {
-    convert<T, C>(row, out, pixels);
-}
-
-#if defined(__x86_64__)
-template <typename T, int C>
-[[gnu::target("avx2")]] void convert_avx2(const std::byte* row, float* out, std::int64_t pixels) {
-    convert<T, C>(row, out, pixels);
-}
-
-template <typename T, int C>
-[[gnu::target("avx512f,avx512bw,avx512vl,prefer-vector-width=512")]] void convert_avx512(
-    const std::byte* row, float* out, std::int64_t pixels) {
-    convert<T, C>(row, out, pixels);
-}
-#endif
-
-template <typename T, int C>
-RowKernel best_kernel() {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl")) {
-        return convert_avx512<T, C>;
-    }
-    if (__builtin_cpu_supports("avx2")) return convert_avx2<T, C>;
-#endif
-    return convert_baseline<T, C>;
-}
-
-template <typename T>
-RowKernel kernel_for(std::int64_t channels) {
-    switch (channels) {
-        case 1: return best_kernel<T, 1>();
-        case 3: return best_kernel<T, 3>();
-        case 4: return best_kernel<T, 4>();
-        default: throw std::invalid_argument("channels must be 1, 3 or 4, got " + std::to_string(channels));
-    }
-}
-
-RowKernel kernel_for(const Table& table) {
-    switch (table.element) {
-        case Element::uint8: return kernel_for<std::uint8_t>(table.channels);
-        case Element::float32: return kernel_for<float>(table.channels);
-        case Element::float64: return kernel_for<double>(table.channels);
-    }
-    throw std::invalid_argument("element type must be uint8, float32 or float64");
-}
 
 std::size_t row_bytes(const Table& table) {
     const auto features = static_cast<std::size_t>(table.features());
@@ -145,76 +59,6 @@ inline void prefetch(const std::byte* row, std::size_t bytes) {
 }
 
 }  // namespace
-
-Order Order::sequential(std::int64_t n) { return Order(n); }
-
-Order Order::shuffled(std::int64_t n, std::uint64_t seed, std::uint64_t epoch) {
-    Order order(n);
-    order.shuffled_ = n > 1;
-    const int bits = n > 1 ? std::bit_width(static_cast<std::uint64_t>(n - 1)) : 0;
-    order.high_bits_ = bits / 2;
-    order.low_bits_ = bits - order.high_bits_;
-    const std::uint64_t key = mix(mix(seed + kGolden) + epoch);
-    for (std::size_t r = 0; r < kRounds; ++r) {
-        order.keys_[r] = static_cast<std::uint32_t>(mix(key + (r + 1) * kGolden) >> 32);
-    }
-    return order;
-}
-
-// One pass of the network over a range of positions, in one source for every instruction set.
-struct Order::Passes {
-    using Function = void (*)(const Order& order, std::int64_t first, std::int64_t count, std::int64_t* out);
-
-    [[gnu::always_inline]] static inline std::uint64_t one(const Order& order, std::uint64_t value) {
-        const auto low_mask = static_cast<std::uint32_t>((std::uint64_t{1} << order.low_bits_) - 1);
-        const auto high_mask = static_cast<std::uint32_t>((std::uint64_t{1} << order.high_bits_) - 1);
-        std::uint32_t low = static_cast<std::uint32_t>(value) & low_mask;
-        auto high = static_cast<std::uint32_t>(value >> order.low_bits_);
-        for (std::size_t r = 0; r < kRounds; r += 2) {
-            low ^= round_function(high, order.keys_[r]) & low_mask;
-            high ^= round_function(low, order.keys_[r + 1]) & high_mask;
-        }
-        return (std::uint64_t{high} << order.low_bits_) | low;
-    }
-
-    [[gnu::always_inline]] static inline void range(const Order& shared, std::int64_t first, std::int64_t count,
-                                                    std::int64_t* __restrict out) {
-        const Order order = shared;
-        for (std::int64_t i = 0; i < count; ++i) {
-            out[i] = static_cast<std::int64_t>(one(order, static_cast<std::uint64_t>(first + i)));
-        }
-    }
-
-    static void baseline(const Order& order, std::int64_t first, std::int64_t count, std::int64_t* out) {
-        range(order, first, count, out);
-    }
-#if defined(__x86_64__)
-    [[gnu::target("avx2")]] static void avx2(const Order& order, std::int64_t first, std::int64_t count,
-                                             std::int64_t* out) {
-        range(order, first, count, out);
-    }
-#endif
-
-    static Function best() {
-#if defined(__x86_64__)
-        if (__builtin_cpu_supports("avx2")) return avx2;
-#endif
-        return baseline;
-    }
-};
-
-void Order::fill(std::int64_t first, std::int64_t count, std::int64_t* samples) const {
-    if (!shuffled_) {
-        std::iota(samples, samples + count, first);
-        return;
-    }
-    Passes::best()(*this, first, count, samples);
-    for (std::int64_t i = 0; i < count; ++i) {
-        auto value = static_cast<std::uint64_t>(samples[i]);
-        while (value >= n_) value = Passes::one(*this, value);
-        samples[i] = static_cast<std::int64_t>(value);
-    }
-}
 
 void BufferPool::Free::operator()(std::byte* memory) const noexcept { std::free(memory); }
 
