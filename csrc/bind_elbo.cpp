@@ -52,7 +52,8 @@ const InstructionSet& find(const std::optional<std::string>& name) {
 
 void elbo(
     bool real64, const std::array<std::int64_t, 4>& extents, int threads, int likelihood, bool half, bool per_sample,
-    std::optional<std::pair<double, double>> clamp, const std::array<double, 4>& factors, const py::object& x_hat,
+    std::optional<std::pair<double, double>> clamp, std::optional<double> free_bits,
+    const std::array<double, 5>& factors, const py::object& x_hat,
     const py::object& x, const py::object& mu, const py::object& logvar, Address kl, Address weight,
     Address beta_latents, const std::optional<std::array<std::int64_t, 3>>& noise,
     const std::array<Address, 5>& values, const std::optional<std::array<py::object, 5>>& upstream,
@@ -70,7 +71,9 @@ void elbo(
     call.per_sample = per_sample;
     call.clamp = clamp.has_value();
     if (clamp) std::tie(call.clamp_low, call.clamp_high) = *clamp;
-    std::tie(call.recon_scale, call.kl_scale, call.beta, call.log_variance) = std::tuple_cat(factors);
+    call.floor = free_bits.has_value();
+    call.free_bits = free_bits.value_or(0);
+    std::tie(call.recon_scale, call.kl_scale, call.beta, call.log_variance, call.constant) = std::tuple_cat(factors);
     call.x_hat = view("x_hat", x_hat);
     call.x = view("x", x);
     call.mu = view("mu", mu);
@@ -120,12 +123,12 @@ std::array<std::uint32_t, 4> philox_block(
 void bind_elbo(py::module_& m) {
     m.def(
         "elbo", &elbo, py::arg("real64"), py::arg("extents"), py::arg("threads"), py::arg("likelihood"),
-        py::arg("half"), py::arg("per_sample"), py::arg("clamp"), py::arg("factors"), py::arg("x_hat"), py::arg("x"),
+        py::arg("half"), py::arg("per_sample"), py::arg("clamp"), py::arg("free_bits"), py::arg("factors"), py::arg("x_hat"), py::arg("x"),
         py::arg("mu"), py::arg("logvar"), py::arg("kl"), py::arg("weight"), py::arg("beta_latents"), py::arg("noise"),
         py::arg("values"), py::arg("upstream"), py::arg("gradients"), py::arg("instruction_set") = py::none(),
         "One call of the ELBO on CPU tensors; see csrc/elbo.hpp for the meaning of each argument. Addresses are\n"
         "integers, 0 or None for what is not given. extents: samples, batch, features, latents. factors:\n"
-        "recon_scale, kl_scale, beta, log_variance. noise: seed, offset, first_row.");
+        "recon_scale, kl_scale, beta, log_variance, constant. noise: seed, offset, first_row.");
     m.def(
         "philox", &philox_block, py::arg("counter"), py::arg("key"),
         "The four words of one block of Philox4x32-10, as the operators use it.");

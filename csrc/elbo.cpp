@@ -1,7 +1,5 @@
 #include "elbo.hpp"
 
-#include <cmath>
-#include <numbers>
 #include <span>
 #include <utility>
 
@@ -65,7 +63,7 @@ public:
             const double r = times(w * p.recon_scale, recon_value(squares));
             const double k = times(w * p.kl_scale, kl);
             const double weighted =
-                p.beta_latents ? times(w * p.kl_scale, latent_sum(partials.weighted_kl, b)) : times(p.beta, k);
+                partials.weighted_kl ? times(w * p.kl_scale, latent_sum(partials.weighted_kl, b)) : times(p.beta, k);
             if (p.per_sample) put(b, r + weighted, r, k);
             loss += r + weighted;
             recon += r;
@@ -116,7 +114,7 @@ private:
 
     double recon_value(double sum) const {
         if (p.likelihood == Likelihood::gaussian)
-            return 0.5 * (sum + elements() * (p.log_variance + std::log(2 * std::numbers::pi)));
+            return 0.5 * sum + elements() * (0.5 * p.log_variance + p.constant);
         return p.half ? 0.5 * sum : sum;
     }
 
@@ -157,16 +155,17 @@ std::size_t item_size(DType dtype) {
 void run(const Elbo& call, const InstructionSet& isa) {
     const bool recon = call.likelihood != Likelihood::none && (call.loss || call.g_log_variance);
     const bool kl = call.mu.data && (call.loss || call.kl_rows);
+    const bool weighted_kl = kl && (call.beta_latents || call.floor);
     const auto rows = static_cast<std::size_t>(call.batch);
     const auto latent_parts = rows * static_cast<std::size_t>(chunks(call.latents, latent_chunk));
     const auto recon_parts = rows * static_cast<std::size_t>(call.samples * chunks(call.features, feature_chunk));
     std::vector<double> scratch(
-        (recon ? recon_parts : 0) + (kl ? latent_parts : 0) + (kl && call.beta_latents ? latent_parts : 0));
+        (recon ? recon_parts : 0) + (kl ? latent_parts : 0) + (weighted_kl ? latent_parts : 0));
     Partials partials;
     double* next = scratch.data();
     if (recon) partials.recon = std::exchange(next, next + recon_parts);
     if (kl) partials.kl = std::exchange(next, next + latent_parts);
-    if (kl && call.beta_latents) partials.weighted_kl = next;
+    if (weighted_kl) partials.weighted_kl = next;
     use_huge_pages(
         call.g_x_hat, rows * static_cast<std::size_t>(call.samples * call.features) * item_size(call.x_hat.dtype));
     isa.kernel(call, partials);

@@ -31,9 +31,11 @@ struct Elbo {
     int threads = 1;
 
     Likelihood likelihood = Likelihood::none;
-    bool half = false, per_sample = false, clamp = false;
+    bool half = false, per_sample = false, clamp = false, floor = false;
     double clamp_low = 0, clamp_high = 0;
+    double free_bits = 0;  // with floor: what an element of the KL counts at least, in the loss
     double recon_scale = 1, kl_scale = 1, log_variance = 0;
+    double constant = 0;  // of -log p(x | z), for each element
 
     View x_hat, x, mu, logvar;       // [K, B, D], [B, D], [B, Z], [B, Z]
     const void* kl = nullptr;        // Real [B], instead of mu and logvar
@@ -63,7 +65,7 @@ struct Elbo {
 struct Partials {
     double* recon = nullptr;        // [K, B, chunks of D]
     double* kl = nullptr;           // [B, chunks of Z]
-    double* weighted_kl = nullptr;  // likewise, each latent times its beta
+    double* weighted_kl = nullptr;  // likewise, as it counts in the loss: at least free_bits, times its beta
 };
 
 constexpr std::int64_t feature_chunk = 4096;

@@ -154,17 +154,16 @@ public:
 
     void value(const Partials& partials) {
         const std::int64_t per_row = chunks(p.latents, latent_chunk), chunk = first / latent_chunk;
-        for (std::int64_t i = 0; i < padded(); i += lanes) {
-            const V m = load(mu + i);
-            store(work + i, (m * m + exp_minus_one<R>(clamped(load(logvar + i))).f) * R(0.5));
-        }
+        kl_elements();
         for (std::int64_t r = 0; r < rows; ++r)
             partials.kl[(row0 + r) * per_row + chunk] = sum_row(work + r * columns, columns);
         if (!partials.weighted_kl) return;
-        const R* beta = static_cast<const R*>(p.beta_latents) + first;
         for (std::int64_t r = 0; r < rows; ++r) {
             R* kl = work + r * columns;
-            for (std::int64_t j = 0; j < columns; ++j) kl[j] = beta[j] == 0 ? R(0) : beta[j] * kl[j];
+            for (std::int64_t j = 0; j < columns; ++j) {
+                const R factor = beta(j), counted = free(kl[j]) ? static_cast<R>(p.free_bits) : kl[j];
+                kl[j] = factor == 0 ? R(0) : factor * counted;
+            }
             partials.weighted_kl[(row0 + r) * per_row + chunk] = sum_row(kl, columns);
         }
     }
@@ -188,6 +187,7 @@ public:
                 through_sigma[i] += work[i] * static_cast<R>(eps[i]);
             }
         }
+        if (p.floor) kl_elements();
         for (std::int64_t r = 0; r < rows; ++r) kl_coefficients(row0 + r, work + r * columns);
         for (std::int64_t i = n; i < padded(); ++i) work[i] = 0;
         for (std::int64_t i = 0; i < padded(); i += lanes) {
@@ -223,14 +223,27 @@ private:
         normals(p.seed, p.offset + static_cast<std::uint64_t>(k), i, n, eps);
     }
 
-    // d loss / d KL of each latent of row b
+    void kl_elements() {
+        for (std::int64_t i = 0; i < padded(); i += lanes) {
+            const V m = load(mu + i);
+            store(work + i, (m * m + exp_minus_one<R>(clamped(load(logvar + i))).f) * R(0.5));
+        }
+    }
+
+    R beta(std::int64_t j) const {
+        return p.beta_latents ? static_cast<const R*>(p.beta_latents)[first + j] : static_cast<R>(p.beta);
+    }
+
+    // Whether this KL is at or below its floor; NaN is not.
+    bool free(const R& kl) const { return p.floor && kl <= static_cast<R>(p.free_bits); }
+
+    // d loss / d KL of each latent of row b, in the place of its KL (which only a floor reads)
     void kl_coefficients(std::int64_t b, R* out) const {
         const R w = weight<R>(p, b), scale = w == 0 ? R(0) : w * static_cast<R>(p.kl_scale);
         const R g = p.upstream ? at<R>(p.g_loss, b) : R(1);
         const R rest = (w == 0 ? R(0) : at<R>(p.g_kl_term, b) * scale) + at<R>(p.g_kl_rows, b);
-        const R* beta = static_cast<const R*>(p.beta_latents);
         for (std::int64_t j = 0; j < columns; ++j) {
-            const R of_latent = beta ? beta[first + j] : static_cast<R>(p.beta);
+            const R of_latent = free(out[j]) ? R(0) : beta(j);
             out[j] = (of_latent == 0 || scale == 0 ? R(0) : g * of_latent * scale) + rest;
         }
     }

@@ -15,6 +15,7 @@ def elbo(
     half: bool,
     per_sample: bool,
     clamp: tuple[float, float] | None,
+    free_bits: float | None,
     factors: Sequence[float],
     x_hat: _View,
     x: _View,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
 from torch import Tensor, nn
 
 from .ops.api import elbo_from_spec
-from .ops.checks import make_spec
-from .ops.types import ELBOTerms, Impl, Likelihood, Reduction
+from .ops.checks import check_scale, make_spec
+from .ops.types import ELBOTerms, FreeBitsForm, Impl, Inputs, Likelihood, Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ELBOLoss(nn.Module):
@@ -15,7 +20,8 @@ class ELBOLoss(nn.Module):
     The default is the mean over the batch of the squared error summed over features plus the KL to N(0, I):
     the negative ELBO of a Gaussian likelihood with variance 1/2, less its constant.
 
-    A `log_variance` that is an `nn.Parameter` is learned: give `loss.parameters()` to the optimizer too.
+    A `log_variance` or `log_scale` that is an `nn.Parameter` is learned: give `loss.parameters()` to the
+    optimizer too.
 
     Example:
         >>> loss = fastvae.ELBOLoss()
@@ -23,25 +29,37 @@ class ELBOLoss(nn.Module):
     """
 
     beta: float | Tensor
-    log_variance: float | Tensor
+    log_variance: float | Tensor | Literal["batch"]
+    log_scale: float | Tensor
 
     def __init__(
         self,
         likelihood: Likelihood = "mse",
         *,
         beta: float | Tensor = 1.0,
-        log_variance: float | Tensor = 0.0,
+        log_variance: float | Tensor | Literal["batch"] = 0.0,
+        log_scale: float | Tensor = 0.0,
         reduction: Reduction = "batchmean",
         recon_reduction: Reduction | None = None,
         kl_reduction: Reduction | None = None,
         half: bool = False,
+        full: bool = True,
+        from_logits: bool = True,
         logvar_clamp: tuple[float, float] | None = None,
+        free_bits: float | None = None,
+        free_bits_form: FreeBitsForm = "batch",
+        process_group: ProcessGroup | None = None,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.spec = make_spec(likelihood, reduction, recon_reduction, kl_reduction, half, logvar_clamp)
+        self.spec = make_spec(
+            likelihood, reduction, recon_reduction, kl_reduction, half, full, from_logits, logvar_clamp,
+            free_bits, free_bits_form,
+        )  # fmt: skip
+        self.process_group = process_group
         self.impl: Impl = impl
-        for name, value in (("beta", beta), ("log_variance", log_variance)):
+        check_scale(log_variance, log_scale, self.spec)
+        for name, value in (("beta", beta), ("log_variance", log_variance), ("log_scale", log_scale)):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value, persistent=False)
             else:
@@ -71,11 +89,14 @@ class ELBOLoss(nn.Module):
         weight: Tensor | None = None,
     ) -> ELBOTerms:
         """The loss and its two terms, each differentiable; `recon` and `kl` do not contain beta."""
+        given = Inputs(x_hat, x, mu, logvar, kl, weight, self.beta)
         return elbo_from_spec(
-            x_hat, x, mu, logvar, kl, weight, self.beta, self.log_variance, self.spec, self.impl
+            given, self.log_variance, self.log_scale, self.spec, self.process_group, self.impl
         )
 
     def extra_repr(self) -> str:
         spec = self.spec
         shown = f"likelihood={spec.likelihood!r}, beta={self.beta}, recon_reduction={spec.recon_reduction!r}"
+        if spec.free_bits is not None:
+            shown += f", free_bits={spec.free_bits}, free_bits_form={spec.free_bits_form!r}"
         return f"{shown}, kl_reduction={spec.kl_reduction!r}, impl={self.impl!r}"

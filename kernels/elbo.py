@@ -2,7 +2,7 @@
 
 A stage runs where its pointers and constants say so: sampling where SAMPLE, KL where mu and logvar (or the
 rows of KL themselves) are given, reconstruction where LIKELIHOOD is set. The mathematics of an element is in
-`elements`, the noise in `rng`, sums over programs in `reduction`.
+`elements`, the noise in `rng`, sums over programs in `reduction`, the reading of tiles in `tiles`.
 
 A program takes ROWS data at a time, from row group to row group along grid axis 0, and shares their features
 and latents with the programs beside it along axis 1 (the splits). Offsets are int64 throughout. What changes
@@ -19,11 +19,12 @@ from .elements import (
     exp,
     exp_minus_1_minus,
     expm1,
+    inverse_scale,
     load_target,
     recon_element,
     recon_slope,
+    scale_slope,
     times,
-    variance_slope,
 )
 from .reduction import (
     TILE_ROWS,
@@ -32,43 +33,21 @@ from .reduction import (
     three_sums_of_programs,
     three_sums_of_splits,
 )
-from .rng import normals_at, normals_of_groups
+from .tiles import noise, row_values, tile_at, weighted
 
 
 @triton.jit
-def row_values(p, stride, b_row, b_live):
-    """One number a row, in float32; zero beyond the last row and where there is no such input."""
-    if p is None:
-        return tl.zeros_like(b_row).to(tl.float32)  # [ROWS]
+def scales(
+    p, b_row, stride_row, b_col, stride_col, b_mask, log_scale, inverse,
+    LIKELIHOOD: tl.constexpr, SCALE_FORM: tl.constexpr,
+):  # fmt: skip
+    """The log_scale of a tile's elements and its inverse: those of the call, or a tile of their own."""
+    if SCALE_FORM == "scalar":
+        return log_scale, inverse
     else:
-        return tl.load(p + b_row * stride, mask=b_live, other=0).to(tl.float32)  # [ROWS]
-
-
-@triton.jit
-def weighted(p_weight, stride_weight, b_row, b_live, b_term):
-    """The rows' terms times the rows' weights."""
-    if p_weight is None:
-        return b_term
-    else:
-        return times(row_values(p_weight, stride_weight, b_row, b_live), b_term)
-
-
-@triton.jit
-def tile_at(p, b_row, stride_row, b_col, stride_col):
-    """Pointers to a tile of a matrix."""
-    return p + b_row[:, None] * stride_row + b_col[None, :] * stride_col  # [ROWS, BLOCK]
-
-
-@triton.jit
-def noise(b_row, start, latents, stream, seed, GROUPED: tl.constexpr, BLOCK_Z: tl.constexpr):
-    """Standard normals of a tile of latents, a function of the place in the global batch and nothing else."""
-    b_first = (b_row * latents + start)[:, None]  # [ROWS, 1]
-    if GROUPED:
-        # rows begin at a multiple of 4, so that one Philox block serves four neighbours
-        return normals_of_groups((b_first >> 2) + tl.arange(0, BLOCK_Z // 4)[None, :], stream, seed)
-    else:
-        # a row may begin inside a Philox block: each element draws its own and keeps one normal of four
-        return normals_at(b_first + tl.arange(0, BLOCK_Z)[None, :], stream, seed)
+        b_log_scale = tl.load(tile_at(p, b_row, stride_row, b_col, stride_col), mask=b_mask, other=0.0)
+        b_log_scale = b_log_scale.to(tl.float32)  # [ROWS, BLOCK_D]
+        return b_log_scale, inverse_scale(b_log_scale, LIKELIHOOD)
 
 
 @triton.jit
@@ -90,16 +69,17 @@ def store_rows(
 
 @triton.jit(do_not_specialize=["seed", "batch", "first_row", "offset", "stride_x_hat_sample"])
 def elbo_forward_kernel(
-    p_x_hat, p_x, p_mu, p_logvar, p_kl_given, p_weight, p_beta, p_log_variance, p_seed,
+    p_x_hat, p_x, p_mu, p_logvar, p_kl_given, p_weight, p_beta, p_log_scale, p_seed,
     p_loss, p_recon, p_kl, p_z, p_kl_rows, p_partial, p_ticket,
-    beta, log_variance, seed: tl.int64, recon_scale, kl_scale, clamp_low, clamp_high,
+    beta, log_scale, constant, free_bits, seed: tl.int64, recon_scale, kl_scale, clamp_low, clamp_high,
     samples, batch: tl.int64, features, latents, first_row: tl.int64, offset: tl.int64,
     stride_x_hat_sample: tl.int64, stride_x_hat_row, stride_x_hat_col, stride_x_row, stride_x_col,
     stride_mu_row, stride_mu_col, stride_logvar_row, stride_logvar_col,
     stride_kl_given, stride_weight, stride_beta,
+    stride_log_scale_sample: tl.int64, stride_log_scale_row, stride_log_scale_col,
     LIKELIHOOD: tl.constexpr, SAMPLE: tl.constexpr, PER_SAMPLE: tl.constexpr, CLAMP: tl.constexpr,
-    BETA_BY_LATENT: tl.constexpr, GROUPED: tl.constexpr, SAMPLE_UNIT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
+    BETA_BY_LATENT: tl.constexpr, FREE_BITS: tl.constexpr, SCALE_FORM: tl.constexpr, GROUPED: tl.constexpr,
+    SAMPLE_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
     """z, KL and reconstruction term, as far as the stages go, and their sums.
 
@@ -117,9 +97,9 @@ def elbo_forward_kernel(
         seed = tl.load(p_seed)
     if p_beta is not None and not BETA_BY_LATENT:
         beta = tl.load(p_beta).to(tl.float32)
-    if p_log_variance is not None:
-        log_variance = tl.load(p_log_variance).to(tl.float32)
-    inverse_deviation = exp(-0.5 * log_variance)
+    if p_log_scale is not None and SCALE_FORM == "scalar":
+        log_scale = tl.load(p_log_scale).to(tl.float32)
+    inverse = inverse_scale(log_scale, LIKELIHOOD)
 
     b_recon_total = tl.zeros([ROWS], dtype=tl.float32)  # [ROWS]
     b_kl_total = tl.zeros([ROWS], dtype=tl.float32)  # [ROWS]
@@ -137,16 +117,23 @@ def elbo_forward_kernel(
                 b_mask = b_live[:, None] & (b_col < features)[None, :]
                 b_x = load_target(tile_at(p_x, b_row, stride_x_row, b_col, stride_x_col), b_mask)
                 p_sample = p_x_hat
+                p_scale = p_log_scale
                 for _ in range(samples):
                     p_tile = tile_at(p_sample, b_row, stride_x_hat_row, b_col, stride_x_hat_col)
                     b_x_hat = tl.load(p_tile, mask=b_mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
-                    b_element = recon_element(b_x_hat, b_x, log_variance, inverse_deviation, LIKELIHOOD)
+                    b_log_scale, b_inverse = scales(
+                        p_scale, b_row, stride_log_scale_row, b_col, stride_log_scale_col, b_mask,
+                        log_scale, inverse, LIKELIHOOD, SCALE_FORM,
+                    )  # fmt: skip
+                    b_element = recon_element(b_x_hat, b_x, b_log_scale, b_inverse, constant, LIKELIHOOD)
                     b_sum += tl.where(b_mask, b_element, 0.0)
                     p_sample += stride_x_hat_sample * SAMPLE_UNIT
+                    if SCALE_FORM == "samples":
+                        p_scale += stride_log_scale_sample
             b_recon = tl.sum(b_sum, 1)
 
         # KL(q(z | x) || p(z)), summed over latents, and z on the way
-        if p_kl_given is not None:
+        if p_mu is None:
             b_kl = row_values(p_kl_given, stride_kl_given, b_row, b_live & (split == 0))  # [ROWS]
         else:
             b_sum = tl.zeros([ROWS, BLOCK_Z], dtype=tl.float32)  # [ROWS, BLOCK_Z]
@@ -163,9 +150,13 @@ def elbo_forward_kernel(
                 b_element = 0.5 * b_mu * b_mu + 0.5 * exp_minus_1_minus(b_logvar)  # [ROWS, BLOCK_Z]
                 b_element = tl.where(b_mask, b_element, 0.0)
                 b_sum += b_element
+                if FREE_BITS:
+                    b_element = tl.where(b_mask & (b_element <= free_bits), free_bits, b_element)
                 if BETA_BY_LATENT:
                     b_beta = row_values(p_beta, stride_beta, b_col, b_col < latents)  # [BLOCK_Z]
                     b_weighted_sum += times(b_beta[None, :], b_element)
+                elif FREE_BITS:
+                    b_weighted_sum += times(beta, b_element)
                 if SAMPLE:
                     b_sigma = exp(0.5 * b_logvar)  # [ROWS, BLOCK_Z]
                     p_tile = tile_at(p_z, b_row, latents, b_col, 1)
@@ -177,7 +168,8 @@ def elbo_forward_kernel(
                         p_tile += batch * latents
                         stream += 1
             b_kl = tl.sum(b_sum, 1)  # [ROWS]
-        b_weighted_kl = tl.sum(b_weighted_sum, 1) if BETA_BY_LATENT else times(beta, b_kl)  # [ROWS]
+        BY_LATENT: tl.constexpr = BETA_BY_LATENT or FREE_BITS
+        b_weighted_kl = tl.sum(b_weighted_sum, 1) if BY_LATENT else times(beta, b_kl)  # [ROWS]
 
         if SCALARS:
             b_recon_total += weighted(p_weight, stride_weight, b_row, b_live, b_recon)
@@ -224,17 +216,19 @@ def elbo_forward_kernel(
     do_not_specialize=["seed", "batch", "first_row", "offset", "stride_x_hat_sample", "stride_g_z_sample"]
 )
 def elbo_backward_kernel(
-    p_x_hat, p_x, p_mu, p_logvar, p_weight, p_beta, p_log_variance, p_seed,
+    p_x_hat, p_x, p_mu, p_logvar, p_weight, p_beta, p_log_scale, p_seed,
     p_g_loss, p_g_recon, p_g_kl, p_g_z, p_g_kl_rows,
-    p_d_x_hat, p_d_mu, p_d_logvar, p_d_kl, p_d_log_variance, p_partial, p_ticket,
-    beta, log_variance, seed: tl.int64, recon_scale, kl_scale, clamp_low, clamp_high,
+    p_d_x_hat, p_d_mu, p_d_logvar, p_d_kl, p_d_log_scale, p_partial, p_ticket,
+    beta, log_scale, free_bits, seed: tl.int64, recon_scale, kl_scale, clamp_low, clamp_high,
     samples, batch: tl.int64, features, latents, first_row: tl.int64, offset: tl.int64,
     stride_x_hat_sample: tl.int64, stride_x_hat_row, stride_x_hat_col, stride_x_row, stride_x_col,
     stride_mu_row, stride_mu_col, stride_logvar_row, stride_logvar_col, stride_weight, stride_beta,
+    stride_log_scale_sample: tl.int64, stride_log_scale_row, stride_log_scale_col,
     stride_g_loss, stride_g_recon, stride_g_kl, stride_g_kl_rows,
     stride_g_z_sample: tl.int64, stride_g_z_row, stride_g_z_col,
-    LIKELIHOOD: tl.constexpr, CLAMP: tl.constexpr, BETA_BY_LATENT: tl.constexpr, GROUPED: tl.constexpr,
-    SAMPLE_UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
+    LIKELIHOOD: tl.constexpr, CLAMP: tl.constexpr, BETA_BY_LATENT: tl.constexpr, FREE_BITS: tl.constexpr,
+    SCALE_FORM: tl.constexpr, GROUPED: tl.constexpr, SAMPLE_UNIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
     """The gradients whose pointers are given, from the upstream gradients whose pointers are given.
 
@@ -248,13 +242,13 @@ def elbo_backward_kernel(
         seed = tl.load(p_seed)
     if p_beta is not None and not BETA_BY_LATENT:
         beta = tl.load(p_beta).to(tl.float32)
-    if p_log_variance is not None:
-        log_variance = tl.load(p_log_variance).to(tl.float32)
-    inverse_deviation = exp(-0.5 * log_variance)
+    if p_log_scale is not None and SCALE_FORM == "scalar":
+        log_scale = tl.load(p_log_scale).to(tl.float32)
+    inverse = inverse_scale(log_scale, LIKELIHOOD)
 
     # through the reconstruction term
-    if p_d_x_hat is not None or p_d_log_variance is not None:
-        b_variance_total = tl.zeros([ROWS], dtype=tl.float32)  # [ROWS]
+    if p_d_x_hat is not None or p_d_log_scale is not None:
+        b_scale_total = tl.zeros([ROWS], dtype=tl.float32)  # [ROWS]
         for first in range(tl.program_id(0).to(tl.int64) * ROWS, batch, tl.num_programs(0) * ROWS):
             b_row = (first + tl.arange(0, ROWS)).to(tl.int64)  # [ROWS]
             b_live = b_row < batch
@@ -266,27 +260,49 @@ def elbo_backward_kernel(
                 b_col = (start + tl.arange(0, BLOCK_D)).to(tl.int64)  # [BLOCK_D]
                 b_mask = b_live[:, None] & (b_col < features)[None, :]
                 b_x = load_target(tile_at(p_x, b_row, stride_x_row, b_col, stride_x_col), b_mask)
+                b_of_samples = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)  # [ROWS, BLOCK_D]
                 p_sample = p_x_hat
                 p_d_sample = p_d_x_hat
+                p_scale = p_log_scale
+                p_d_scale = p_d_log_scale
                 for _ in range(samples):
                     p_tile = tile_at(p_sample, b_row, stride_x_hat_row, b_col, stride_x_hat_col)
                     b_x_hat = tl.load(p_tile, mask=b_mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+                    _, b_inverse = scales(
+                        p_scale, b_row, stride_log_scale_row, b_col, stride_log_scale_col, b_mask,
+                        log_scale, inverse, LIKELIHOOD, SCALE_FORM,
+                    )  # fmt: skip
                     if p_d_x_hat is not None:
-                        b_d = times(b_g[:, None], recon_slope(b_x_hat, b_x, inverse_deviation, LIKELIHOOD))
+                        b_d = times(b_g[:, None], recon_slope(b_x_hat, b_x, b_inverse, LIKELIHOOD))
                         p_tile = tile_at(p_d_sample, b_row, features, b_col, 1)
                         tl.store(p_tile, b_d.to(p_d_x_hat.dtype.element_ty), mask=b_mask)
                         p_d_sample += batch * features
-                    if p_d_log_variance is not None:
-                        b_sum += tl.where(b_mask, variance_slope(b_x_hat, b_x, inverse_deviation), 0.0)
+                    if p_d_log_scale is not None:
+                        b_slope = tl.where(b_mask, scale_slope(b_x_hat, b_x, b_inverse, LIKELIHOOD), 0.0)
+                        if SCALE_FORM == "scalar":
+                            b_sum += b_slope
+                        elif SCALE_FORM == "elements":
+                            b_of_samples += b_slope
+                        else:
+                            p_tile = tile_at(p_d_scale, b_row, features, b_col, 1)
+                            b_d = times(b_g[:, None], b_slope).to(p_d_log_scale.dtype.element_ty)
+                            tl.store(p_tile, b_d, mask=b_mask)
+                            p_d_scale += batch * features
                     p_sample += stride_x_hat_sample * SAMPLE_UNIT
-            if p_d_log_variance is not None:
-                b_variance_total += times(b_g, tl.sum(b_sum, 1))
+                    if SCALE_FORM == "samples":
+                        p_scale += stride_log_scale_sample
+                if p_d_log_scale is not None and SCALE_FORM == "elements":
+                    p_tile = tile_at(p_d_log_scale, b_row, features, b_col, 1)
+                    b_d = times(b_g[:, None], b_of_samples).to(p_d_log_scale.dtype.element_ty)
+                    tl.store(p_tile, b_d, mask=b_mask)
+            if p_d_log_scale is not None and SCALE_FORM == "scalar":
+                b_scale_total += times(b_g, tl.sum(b_sum, 1))
 
-        if p_d_log_variance is not None:
-            tl.store(p_partial + tl.program_id(0) * splits + split, tl.sum(b_variance_total))
+        if p_d_log_scale is not None and SCALE_FORM == "scalar":
+            tl.store(p_partial + tl.program_id(0) * splits + split, tl.sum(b_scale_total))
             if is_last_program(p_ticket, programs):
-                d_log_variance = sum_of_programs(p_partial, programs)
-                tl.store(p_d_log_variance, d_log_variance.to(p_d_log_variance.dtype.element_ty))
+                d_log_scale = sum_of_programs(p_partial, programs)
+                tl.store(p_d_log_scale, d_log_scale.to(p_d_log_scale.dtype.element_ty))
 
     # through the KL term and through z
     if p_d_mu is not None or p_d_logvar is not None or p_d_kl is not None:
@@ -319,26 +335,33 @@ def elbo_backward_kernel(
                             b_g_sigma += b_g * b_eps
                             p_sample += stride_g_z_sample
                             stream += 1
+                    if p_d_mu is not None or FREE_BITS:
+                        p_tile = tile_at(p_mu, b_row, stride_mu_row, b_col, stride_mu_col)
+                        b_mu = tl.load(p_tile, mask=b_mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_Z]
+                    if p_d_logvar is not None or FREE_BITS:
+                        p_tile = tile_at(p_logvar, b_row, stride_logvar_row, b_col, stride_logvar_col)
+                        b_logvar = tl.load(p_tile, mask=b_mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_Z]
                     # d / d KL
                     if BETA_BY_LATENT:
                         b_beta = row_values(p_beta, stride_beta, b_col, b_col < latents)  # [BLOCK_Z]
-                        b_g_kl_tile = times(b_beta[None, :], b_g_loss[:, None]) + b_g_kl[:, None]
+                        b_g_kl_tile = times(b_beta[None, :], b_g_loss[:, None])  # [ROWS, BLOCK_Z]
                     else:
-                        b_g_kl_tile = (times(beta, b_g_loss) + b_g_kl)[:, None]  # [ROWS, 1]
+                        b_g_kl_tile = times(beta, b_g_loss)[:, None]  # [ROWS, 1]
+                    if FREE_BITS:
+                        b_v = clamp(b_logvar, clamp_low, clamp_high) if CLAMP else b_logvar
+                        b_element = 0.5 * b_mu * b_mu + 0.5 * exp_minus_1_minus(b_v)  # [ROWS, BLOCK_Z]
+                        b_g_kl_tile = tl.where(b_element <= free_bits, 0.0, b_g_kl_tile)  # [ROWS, BLOCK_Z]
+                    b_g_kl_tile += b_g_kl[:, None]
                     if p_weight is not None:
                         b_weight = row_values(p_weight, stride_weight, b_row, b_live)  # [ROWS]
                         b_g_kl_tile = times(b_weight[:, None], b_g_kl_tile)
                     b_g_kl_tile = b_g_kl_tile * kl_scale + b_g_kl_rows[:, None]  # [ROWS, BLOCK_Z]
 
                     if p_d_mu is not None:
-                        p_tile = tile_at(p_mu, b_row, stride_mu_row, b_col, stride_mu_col)
-                        b_mu = tl.load(p_tile, mask=b_mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_Z]
                         b_d = times(b_g_kl_tile, b_mu) + b_g_z  # [ROWS, BLOCK_Z]
                         p_tile = tile_at(p_d_mu, b_row, latents, b_col, 1)
                         tl.store(p_tile, b_d.to(p_d_mu.dtype.element_ty), mask=b_mask)
                     if p_d_logvar is not None:
-                        p_tile = tile_at(p_logvar, b_row, stride_logvar_row, b_col, stride_logvar_col)
-                        b_logvar = tl.load(p_tile, mask=b_mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_Z]
                         b_d = times(b_g_kl_tile, 0.5 * expm1(b_logvar))  # [ROWS, BLOCK_Z]
                         if p_g_z is not None:
                             b_d += times(b_g_sigma, 0.5 * exp(0.5 * b_logvar))

@@ -9,9 +9,10 @@ of the others, and libdevice does not run in the interpreter. The polynomials ar
 import triton
 import triton.language as tl
 
-from .rng import log_near_one
+from .rng import SQRT_HALF_BITS, log_near_one
 
-LOG_TWO_PI = tl.constexpr(1.8378770664093453)
+# of float32
+LARGEST = tl.constexpr(3.4028234663852886e38)
 # 1.5 * 2^23: adding it rounds a float32 to an integer, which then stands in the low bits
 ROUNDING = tl.constexpr(12582912.0)
 ROUNDING_BITS = tl.constexpr(0x4B400000)
@@ -99,35 +100,81 @@ def load_target(p, b_mask):
 
 
 @triton.jit
-def recon_element(b_x_hat, b_x, log_variance, inverse_deviation, LIKELIHOOD: tl.constexpr):
+def ln(p):
+    """ln p, also where p is subnormal; -inf of 0, NaN below."""
+    low = p < 1e-36
+    p_normal = tl.where(low, p * 16777216.0, p)
+    bits = p_normal.to(tl.int32, bitcast=True)
+    e = (bits - SQRT_HALF_BITS) >> 23
+    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    b_ln = log_near_one(f, (tl.where(low, e - 24, e)).to(tl.float32))
+    b_ln = tl.where(p == 0.0, float("-inf"), b_ln)
+    return tl.where(p >= 0.0, b_ln, float("nan"))
+
+
+@triton.jit
+def ln_of_complement(p):
+    """ln(1 - p) for p in [0, 1], relative to p accurate where p is small."""
+    # up to 1 - sqrt(1/2) no power of 2 is taken out; beyond, 1 - p has lost nothing that counts
+    near = p < 0.29289321
+    return tl.where(near, log_near_one(-tl.where(near, p, 0.0), 0.0), ln(1.0 - p))
+
+
+@triton.jit
+def inverse_scale(b_log_scale, LIKELIHOOD: tl.constexpr):
+    """1 / standard deviation of the Gaussian, 1 / scale of the Laplace; finite, so that 0 times it is 0."""
+    b_inverse = exp(-0.5 * b_log_scale) if LIKELIHOOD == "gaussian" else exp(-b_log_scale)
+    return tl.where(b_inverse > LARGEST, LARGEST, b_inverse)
+
+
+@triton.jit
+def recon_element(b_x_hat, b_x, b_log_scale, b_inverse, constant, LIKELIHOOD: tl.constexpr):
     """-log p(x | z) of an element, in nats; for "mse" the squared error."""
     if LIKELIHOOD == "bernoulli":
         # (softplus(l) - x l), where l (step(l) - x) loses nothing as x nears 1
         b_step = tl.where(b_x_hat > 0.0, 1.0, 0.0)
         return b_x_hat * (b_step - b_x) + log1p(exp(-tl.abs(b_x_hat)))
+    elif LIKELIHOOD == "probabilities":
+        b_ln, b_ln_other = ln(b_x_hat), ln_of_complement(b_x_hat)
+        b_ln = tl.where(b_ln < -100.0, -100.0, b_ln)
+        b_ln_other = tl.where(b_ln_other < -100.0, -100.0, b_ln_other)
+        return (b_x - 1.0) * b_ln_other - b_x * b_ln
     elif LIKELIHOOD == "gaussian":
-        b_scaled = (b_x_hat - b_x) * inverse_deviation
-        return 0.5 * (b_scaled * b_scaled + log_variance + LOG_TWO_PI)
+        b_scaled = (b_x_hat - b_x) * b_inverse
+        return 0.5 * (b_scaled * b_scaled + b_log_scale) + constant
+    elif LIKELIHOOD == "laplace":
+        return tl.abs(b_x_hat - b_x) * b_inverse + b_log_scale + constant
     else:
         return (b_x_hat - b_x) * (b_x_hat - b_x)
 
 
 @triton.jit
-def recon_slope(b_x_hat, b_x, inverse_deviation, LIKELIHOOD: tl.constexpr):
+def recon_slope(b_x_hat, b_x, b_inverse, LIKELIHOOD: tl.constexpr):
     """d recon_element / d x_hat."""
     if LIKELIHOOD == "bernoulli":
         # sigmoid(l) - x from the smaller of sigmoid(l) and 1 - sigmoid(l)
         b_t = exp(-tl.abs(b_x_hat))
         b_small = b_t / (1.0 + b_t)
         return tl.where(b_x_hat > 0.0, (1.0 - b_x) - b_small, b_small - b_x)
+    elif LIKELIHOOD == "probabilities":
+        # bounded as F.binary_cross_entropy bounds it
+        b_spread = (1.0 - b_x_hat) * b_x_hat
+        return (b_x_hat - b_x) / tl.where(b_spread < 1e-12, 1e-12, b_spread)
     elif LIKELIHOOD == "gaussian":
-        return (b_x_hat - b_x) * inverse_deviation * inverse_deviation
+        return (b_x_hat - b_x) * b_inverse * b_inverse
+    elif LIKELIHOOD == "laplace":
+        b_d = b_x_hat - b_x
+        b_sign = tl.where(b_d > 0.0, b_inverse, tl.where(b_d < 0.0, -b_inverse, 0.0))
+        return tl.where(b_d == b_d, b_sign, b_d)  # NaN stays
     else:
         return 2.0 * (b_x_hat - b_x)
 
 
 @triton.jit
-def variance_slope(b_x_hat, b_x, inverse_deviation):
-    """d recon_element / d log_variance of the Gaussian likelihood."""
-    b_scaled = (b_x_hat - b_x) * inverse_deviation
-    return 0.5 - 0.5 * b_scaled * b_scaled
+def scale_slope(b_x_hat, b_x, b_inverse, LIKELIHOOD: tl.constexpr):
+    """d recon_element / d log_scale."""
+    b_scaled = (b_x_hat - b_x) * b_inverse
+    if LIKELIHOOD == "gaussian":
+        return 0.5 - 0.5 * b_scaled * b_scaled
+    else:
+        return 1.0 - tl.abs(b_scaled)

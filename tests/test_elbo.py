@@ -420,8 +420,8 @@ def test_bits_do_not_depend_on_threads_or_instruction_set(
     x_hat, x, mu, logvar = inputs(5, 20011, 1031, dtype)
     spec, extents = Spec(likelihood, sample=True), Extents(1, 5, 20011, 1031)
     needs = Needs(True, True, True, False, likelihood == "gaussian")
-    log_variance = 0.2 if likelihood == "gaussian" else 0.0
-    inputs_ = Inputs(x_hat, x, mu, logvar, log_variance=log_variance, seed=3)
+    log_scale = torch.tensor(0.2) if likelihood == "gaussian" else 0.0
+    inputs_ = Inputs(x_hat, x, mu, logvar, log_scale=log_scale, seed=3)
     plain = _native.elbo
 
     def run(isa: str, threads: int) -> list[Tensor]:

@@ -43,7 +43,7 @@ class Call:
             self.x,
             *torch.randn(2, batch, latents, device="cuda"),
             beta=torch.tensor(0.5, device="cuda"),
-            log_variance=torch.tensor(-0.3, device="cuda") if likelihood == "gaussian" else 0.0,
+            log_scale=torch.tensor(-0.3, device="cuda") if likelihood == "gaussian" else 0.0,
             seed=self.seed,
         )
         self.g_loss = torch.tensor(2.0, device="cuda")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import reparameterize
-from ..ops.types import LIKELIHOODS, Likelihood
+from ..ops.types import Likelihood
 from .conv import ConvDecoder, ConvEncoder
 from .mlp import MLPDecoder, MLPEncoder
 
@@ -39,8 +39,8 @@ class VAE(nn.Module):
         log_variance: float | Literal["learned"] | None = None,
     ) -> None:
         super().__init__()
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood: got {likelihood!r}, expected one of {', '.join(LIKELIHOODS)}")
+        if likelihood not in ("mse", "gaussian", "bernoulli"):
+            raise ValueError(f"likelihood: got {likelihood!r}, expected one of mse, gaussian, bernoulli")
         if likelihood != "gaussian" and log_variance is not None:
             raise ValueError(f"log_variance: got {log_variance!r}, expected None under {likelihood!r}")
         self.encoder = encoder

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .checks import check_log_variance, elbo_extents, latent_extents, make_spec
+from . import totals
+from .checks import check_scale, elbo_extents, latent_extents, make_spec, scale_form
 from .dispatch import run, seed_for
-from .types import ELBOTerms, Extents, Impl, Inputs, Likelihood, Reduction, Spec
+from .types import ELBOTerms, Extents, FreeBitsForm, Impl, Inputs, Likelihood, Reduction, Spec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _SAMPLE = Spec(sample=True)
 
@@ -25,12 +29,18 @@ def elbo(
     weight: Tensor | None = None,
     likelihood: Likelihood = "mse",
     beta: float | Tensor = 1.0,
-    log_variance: float | Tensor = 0.0,
+    log_variance: float | Tensor | Literal["batch"] = 0.0,
+    log_scale: float | Tensor = 0.0,
     reduction: Reduction = "batchmean",
     recon_reduction: Reduction | None = None,
     kl_reduction: Reduction | None = None,
     half: bool = False,
+    full: bool = True,
+    from_logits: bool = True,
     logvar_clamp: tuple[float, float] | None = None,
+    free_bits: float | None = None,
+    free_bits_form: FreeBitsForm = "batch",
+    process_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> ELBOTerms:
     """The negative ELBO of a VAE with prior N(0, I) and posterior N(mu, diag(exp(logvar))), in nats.
@@ -45,52 +55,102 @@ def elbo(
         mu, logvar: mean and log-variance of the posterior, [B, *latents].
         kl: the KL of each datum, [B], as `sample_and_kl` returns it, instead of mu and logvar.
         weight: a factor for each datum, [B]. The divisor of a mean stays B.
-        likelihood: "mse", the sum of squared errors; "gaussian", -log N(x; x_hat, exp(log_variance)) with
-            its constants; "bernoulli", the cross entropy of x in [0, 1] from logits.
+        likelihood: -log p(x|z) of each element, summed over features. "mse": (x - x_hat)^2. "gaussian":
+            (x - x_hat)^2 / (2 exp(s)) + s / 2 + ln(2 pi) / 2 with s = log_variance. "laplace":
+            |x - x_hat| / exp(s) + s + ln 2 with s = log_scale. "bernoulli": the cross entropy of x in [0, 1]
+            from logits.
         beta: factor of the KL term: a float, a 0-d tensor, or one value for each latent.
-        log_variance: the log of the Gaussian likelihood's variance, a float or a 0-d tensor.
+        log_variance: ln of the Gaussian's variance: a float, a 0-d tensor, or a tensor [*features],
+            [B, *features] or [K, B, *features]; "batch" is its optimum for this batch, ln of the mean squared
+            error (Rybkin et al. 2021, sigma-VAE), at least that of the smallest normal number.
+        log_scale: ln of the Laplace's scale, likewise a float or a tensor.
         reduction: "batchmean" divides by B, "mean" by the number of elements (B * D, B * Z), "sum" by
             nothing; "none" gives [B], summed over features. An empty batch gives 0.
         recon_reduction, kl_reduction: the same for one term alone.
         half: "mse" with the factor 1/2.
+        full: False leaves out ln(2 pi) / 2 of "gaussian" and ln 2 of "laplace" (named as in
+            torch.nn.GaussianNLLLoss).
+        from_logits: False takes x_hat of "bernoulli" as probabilities, with the value and the gradient of
+            F.binary_cross_entropy (which bounds a logarithm at -100); logits are more exact.
         logvar_clamp: (low, high) bounds of logvar, with a zero gradient outside.
+        free_bits: nats a latent below which its KL is counted as this much and has no gradient (Kingma et al.
+            2016, appendix C8). `kl` of the result is the KL itself.
+        free_bits_form: "batch" floors each latent's mean over the batch, "element" each datum's KL by latent.
+        process_group: ranks over which log_variance="batch" and batch-form free bits take their means, as
+            with data-parallel training; each rank's loss is still that of its own data.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
         ELBOTerms(loss, recon, kl), float32 (float64 for float64 inputs), scalars or [B]. Each term is
         differentiable with respect to every tensor that is given.
 
+    On CPU tensors "mse", "gaussian" with one variance and "bernoulli" from logits run in C++, the others in
+    plain torch; on CUDA tensors all run in Triton.
+
     Raises:
         ValueError, TypeError: an argument has another shape, dtype or value than stated here.
-        RuntimeError: the named implementation cannot run on these tensors.
+        RuntimeError: the named implementation cannot run on these tensors, or with this likelihood.
     """
-    spec = make_spec(likelihood, reduction, recon_reduction, kl_reduction, half, logvar_clamp)
-    return elbo_from_spec(x_hat, x, mu, logvar, kl, weight, beta, log_variance, spec, impl)
+    spec = make_spec(
+        likelihood, reduction, recon_reduction, kl_reduction, half, full, from_logits, logvar_clamp,
+        free_bits, free_bits_form,
+    )  # fmt: skip
+    given = Inputs(x_hat, x, mu, logvar, kl, weight, beta)
+    return elbo_from_spec(given, log_variance, log_scale, spec, process_group, impl)
 
 
 def elbo_from_spec(
-    x_hat: Tensor,
-    x: Tensor,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    weight: Tensor | None,
-    beta: float | Tensor,
-    log_variance: float | Tensor,
+    inputs: Inputs,
+    log_variance: float | Tensor | str,
+    log_scale: float | Tensor,
     spec: Spec,
+    process_group: ProcessGroup | None,
     impl: Impl,
 ) -> ELBOTerms:
     """`elbo` with its choices already checked."""
-    extents = elbo_extents(x_hat, x, mu, logvar, kl, weight, beta)
-    check_log_variance(log_variance, spec)
-    if kl is not None and spec.kl_reduction == "mean":
+    call = _prepare(inputs, log_variance, log_scale, spec, process_group, impl)
+    if inputs.kl is not None and spec.kl_reduction == "mean":
         raise ValueError(
             'kl_reduction: got "mean" with kl given, which does not say the number of latents to divide by; '
             "give mu and logvar instead, or another reduction"
         )
-    inputs = Inputs(x_hat, x, mu, logvar, kl, weight, beta, log_variance)
-    result = run(inputs, spec, extents, impl)
-    return ELBOTerms(*cast("tuple[Tensor, Tensor, Tensor]", result[:3]))
+    loss, recon, kl = cast("tuple[Tensor, Tensor, Tensor]", run(*call[:3], impl)[:3])
+    return ELBOTerms(loss if call.floor is None else loss + call.floor, recon, kl)
+
+
+class _Call(NamedTuple):
+    """A call as the implementations take it; `floor` is what is to be added to the loss."""
+
+    inputs: Inputs
+    spec: Spec
+    extents: Extents
+    floor: Tensor | None
+
+
+def _prepare(
+    inputs: Inputs,
+    log_variance: float | Tensor | str,
+    log_scale: float | Tensor,
+    spec: Spec,
+    process_group: ProcessGroup | None,
+    impl: Impl,
+) -> _Call:
+    """Check the tensors of a call; put numbers in the place of what depends on the batch's totals."""
+    extents = elbo_extents(inputs)
+    scale = check_scale(log_variance, log_scale, spec)
+    if isinstance(scale, str):
+        scale = totals.best_log_variance(inputs, extents, process_group, impl)
+    form = scale_form(scale, "log_scale" if spec.likelihood == "laplace" else "log_variance", inputs, extents)
+    if form != spec.scale_form:
+        spec = replace(spec, scale_form=form)
+    floor = None
+    if spec.free_bits is not None:
+        if inputs.kl is not None:
+            raise ValueError("free_bits: given with kl, expected mu and logvar, whose KL is by latent")
+        if spec.free_bits_form == "batch":
+            beta, floor = totals.floored_beta(inputs, spec, extents, process_group, impl)
+            inputs, spec = inputs._replace(beta=beta), replace(spec, free_bits=None)
+    return _Call(inputs._replace(log_scale=scale), spec, extents, floor)
 
 
 def sample_and_kl(
@@ -174,12 +234,18 @@ def fused_elbo(
     weight: Tensor | None = None,
     likelihood: Likelihood = "mse",
     beta: float | Tensor = 1.0,
-    log_variance: float | Tensor = 0.0,
+    log_variance: float | Tensor | Literal["batch"] = 0.0,
+    log_scale: float | Tensor = 0.0,
     reduction: Reduction = "batchmean",
     recon_reduction: Reduction | None = None,
     kl_reduction: Reduction | None = None,
     half: bool = False,
+    full: bool = True,
+    from_logits: bool = True,
     logvar_clamp: tuple[float, float] | None = None,
+    free_bits: float | None = None,
+    free_bits_form: FreeBitsForm = "batch",
+    process_group: ProcessGroup | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int = 0,
@@ -194,14 +260,14 @@ def fused_elbo(
     Returns:
         (loss, z, kl): the loss as in `elbo`; z and the KL of each datum, [B], as in `sample_and_kl`.
     """
-    choices = make_spec(likelihood, reduction, recon_reduction, kl_reduction, half, logvar_clamp)
-    spec = replace(choices, sample=True, offset=offset, first_row=first_row)
-    extents = elbo_extents(x_hat, x, mu, logvar, None, weight, beta)
-    check_log_variance(log_variance, spec)
-    if seed is None:
-        seed = seed_for(mu, generator)
-    inputs = Inputs(x_hat, x, mu, logvar, None, weight, beta, log_variance, seed)
-    result = run(inputs, spec, extents, impl)
+    spec = make_spec(
+        likelihood, reduction, recon_reduction, kl_reduction, half, full, from_logits, logvar_clamp,
+        free_bits, free_bits_form,
+    )  # fmt: skip
+    given = Inputs(x_hat, x, mu, logvar, None, weight, beta)
+    inputs, spec, extents, floor = _prepare(given, log_variance, log_scale, spec, process_group, impl)
+    inputs = inputs._replace(seed=seed_for(mu, generator) if seed is None else seed)
+    result = run(inputs, replace(spec, sample=True, offset=offset, first_row=first_row), extents, impl)
     loss, _, _, z, kl = cast("tuple[Tensor, Tensor, Tensor, Tensor, Tensor]", result)
     lead = () if x_hat.shape[0] == extents.batch and extents.samples == 1 else (extents.samples,)
-    return loss, z.reshape(*lead, *mu.shape), kl
+    return loss if floor is None else loss + floor, z.reshape(*lead, *mu.shape), kl

@@ -51,7 +51,7 @@ class _FusedELBO(torch.autograd.Function):
             g = ctx.kernels.backward(
                 Inputs(*_saved(ctx)), ctx.spec, ctx.extents, Forward(*upstream), ctx.needs
             )
-        return g.x_hat, None, g.mu, g.logvar, g.kl, None, None, g.log_variance, None, None, None, None
+        return g.x_hat, None, g.mu, g.logvar, g.kl, None, None, g.log_scale, None, None, None, None
 
 
 def _saved(ctx: Any) -> list[Any]:

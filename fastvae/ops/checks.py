@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .types import LIKELIHOODS, REDUCTIONS, Extents, Likelihood, Reduction, Spec
+from .types import (
+    LIKELIHOODS,
+    REDUCTIONS,
+    Extents,
+    FreeBitsForm,
+    Inputs,
+    Likelihood,
+    Reduction,
+    ScaleForm,
+    Spec,
+)
 
 
 def make_spec(
@@ -16,7 +27,11 @@ def make_spec(
     recon_reduction: Reduction | None,
     kl_reduction: Reduction | None,
     half: bool,
+    full: bool,
+    from_logits: bool,
     logvar_clamp: tuple[float, float] | None,
+    free_bits: float | None,
+    free_bits_form: FreeBitsForm,
 ) -> Spec:
     """Check the choices of `elbo`."""
     check_choice("likelihood", likelihood, LIKELIHOODS)
@@ -29,14 +44,40 @@ def make_spec(
             f'recon_reduction and kl_reduction: got "{recon_reduction}" and "{kl_reduction}", expected '
             '"none" for both or for neither, since a [B] and a scalar term have no common sum'
         )
-    if half and likelihood != "mse":
-        raise ValueError(f'half: got True with likelihood "{likelihood}", expected it with "mse" only')
+    for name, changed, meant in (
+        ("half", half, ("mse",)),
+        ("full", not full, ("gaussian", "laplace")),
+        ("from_logits", not from_logits, ("bernoulli",)),
+    ):
+        if changed and likelihood not in meant:
+            quoted = " or ".join(f'"{m}"' for m in meant)
+            raise ValueError(
+                f'{name}: got {name == "half"} with likelihood "{likelihood}", expected it with {quoted} only'
+            )
     if logvar_clamp is not None:
         low, high = (float(bound) for bound in logvar_clamp)
         if not low <= high:
             raise ValueError(f"logvar_clamp: got ({low}, {high}), expected (low, high) with low <= high")
         logvar_clamp = (low, high)
-    return Spec(likelihood, recon_reduction, kl_reduction, half, logvar_clamp)
+    check_choice("free_bits_form", free_bits_form, ("batch", "element"))
+    if free_bits is not None:
+        if not 0 <= free_bits < math.inf:
+            raise ValueError(f"free_bits: got {free_bits}, expected nats a latent, at least 0")
+        if free_bits_form == "batch" and recon_reduction == "none":
+            raise ValueError(
+                'free_bits: the "batch" form floors the mean over the batch, which reduction "none" does not '
+                'take; expected free_bits_form="element", or another reduction'
+            )
+    return Spec(
+        "probabilities" if likelihood == "bernoulli" and not from_logits else likelihood,
+        recon_reduction,
+        kl_reduction,
+        half,
+        logvar_clamp,
+        full=full,
+        free_bits=free_bits,
+        free_bits_form=free_bits_form,
+    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -44,15 +85,50 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
 
 
-def check_log_variance(log_variance: float | Tensor, spec: Spec) -> None:
-    if isinstance(log_variance, Tensor) and log_variance.numel() != 1:
+def check_scale(
+    log_variance: float | Tensor | str, log_scale: float | Tensor, spec: Spec
+) -> float | Tensor | Literal["batch"]:
+    """The one of the two that the likelihood has, and that the other was not given."""
+    for name, value, meant in (
+        ("log_variance", log_variance, "gaussian"),
+        ("log_scale", log_scale, "laplace"),
+    ):
+        if spec.likelihood != meant and (isinstance(value, (Tensor, str)) or value != 0):
+            raise ValueError(
+                f'{name}: given with likelihood "{spec.likelihood}", expected it with "{meant}" only'
+            )
+    if spec.likelihood == "laplace":
+        return log_scale
+    if not isinstance(log_variance, str):
+        return log_variance
+    check_choice("log_variance", log_variance, ("a number", "a tensor", "batch"))
+    if spec.per_sample:
         raise ValueError(
-            f"log_variance: got shape {tuple(log_variance.shape)}, expected a float or one element"
+            'log_variance: got "batch", the optimum for a whole batch, with reduction "none"; '
+            "expected another reduction, or a number or a tensor"
         )
-    if spec.likelihood != "gaussian" and (isinstance(log_variance, Tensor) or log_variance != 0):
-        raise ValueError(
-            f'log_variance: given with likelihood "{spec.likelihood}", expected it with "gaussian" only'
-        )
+    return "batch"
+
+
+def scale_form(log_scale: float | Tensor, name: str, inputs: Inputs, extents: Extents) -> ScaleForm:
+    """How log_scale is laid out, from its shape."""
+    if not isinstance(log_scale, Tensor) or log_scale.numel() == 1:
+        return "scalar"
+    _check_floating(name, log_scale)
+    if log_scale.device != inputs.like.device:
+        raise ValueError(f"{name}: got device {log_scale.device}, expected {inputs.like.device} as for x_hat")
+    samples, batch, features, _ = extents
+    shape = tuple(log_scale.shape)
+    if math.prod(shape) == features:
+        return "features"
+    if shape[0] == batch and _row(log_scale) == features:
+        return "elements"
+    if shape[:2] == (samples, batch) and math.prod(shape[2:]) == features:
+        return "samples"
+    expected = f"one element, [*features] with {features}, or [{batch}, *features]"
+    if samples > 1:
+        expected += f", or [{samples}, {batch}, *features]"
+    raise ValueError(f"{name}: got shape {shape}, expected {expected}")
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
@@ -82,16 +158,11 @@ def _row(tensor: Tensor) -> int:
     return math.prod(tensor.shape[1:])
 
 
-def elbo_extents(
-    x_hat: Tensor,
-    x: Tensor,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    weight: Tensor | None,
-    beta: float | Tensor,
-) -> Extents:
+def elbo_extents(inputs: Inputs) -> Extents:
     """The sizes of a call, after checking that its arguments agree."""
+    x_hat, x, mu, logvar, kl, weight, beta, _, _ = inputs
+    assert x_hat is not None
+    assert x is not None
     _check_floating("x_hat", x_hat)
     if x.ndim == 0 or x_hat.ndim == 0:
         raise ValueError(

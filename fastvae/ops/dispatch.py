@@ -45,10 +45,21 @@ def resolve_impl(impl: Impl, device: torch.device) -> tuple[str, str]:
 
 def run(inputs: Inputs, spec: Spec, extents: Extents, impl: Impl) -> Forward:
     """The stages of `spec` on the implementation that `impl` means for these inputs."""
-    kernels = _kernels(impl, inputs)
+    kernels = _kernels(impl, inputs, spec)
     if kernels is reference:
         return reference.forward(inputs, spec, extents)
     return fused_elbo(inputs, spec, extents, kernels)
+
+
+def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents, impl: Impl) -> Tensor:
+    """The KL of each latent, [Z], summed over the batch with its weights; without a gradient."""
+    kernels = _kernels(impl, inputs, spec)
+    sums: Tensor
+    if kernels.__name__.endswith("triton") and not torch.compiler.is_compiling():
+        sums = kernels.latent_kl_sums(inputs, spec, extents)
+    else:
+        sums = reference.latent_kl_sums(inputs, spec, extents)
+    return sums
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -63,13 +74,20 @@ def seed_for(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return draw_seed(like.device, generator)
 
 
-def _kernels(impl: Impl, inputs: Inputs) -> ModuleType:
+def _kernels(impl: Impl, inputs: Inputs, spec: Spec) -> ModuleType:
     """The module that runs on these inputs."""
     device = inputs.like.device
     if device.type == "cpu" and (impl == "auto" or impl == "native"):
         from . import native
 
-        return native
+        if native.supports(spec):
+            return native
+        if impl == "auto":
+            return reference
+        raise RuntimeError(
+            f'impl: got "native" with {_described(spec)}, expected "mse", "gaussian" with one variance or '
+            '"bernoulli" from logits; use impl="auto", which takes plain torch for the others on a CPU'
+        )
     name, _ = resolve_impl(impl, device)
     if name == "reference":
         if impl == "auto" and device.type == "cuda":
@@ -82,6 +100,13 @@ def _kernels(impl: Impl, inputs: Inputs) -> ModuleType:
     from . import triton
 
     return triton
+
+
+def _described(spec: Spec) -> str:
+    if spec.likelihood == "probabilities":
+        return '"bernoulli" from probabilities'
+    many = "" if spec.scale_form == "scalar" else " and a tensor of variances"
+    return f'"{spec.likelihood}"{many}'
 
 
 def _triton_available() -> bool:

@@ -15,9 +15,9 @@ from .types import Extents, Forward, Inputs, Needs, Spec
 
 _INPUTS = (
     "Tensor? x_hat, Tensor? x, Tensor? mu, Tensor? logvar, Tensor? kl, Tensor? weight, Tensor? beta, "
-    "Tensor? log_variance, Tensor? seed, float beta_value, float log_variance_value, SymInt[] extents, "
+    "Tensor? log_scale, Tensor? seed, float beta_value, float log_scale_value, SymInt[] extents, "
     "str? likelihood, str recon_reduction, str kl_reduction, bool half, float[]? logvar_clamp, bool sample, "
-    "SymInt offset, SymInt first_row"
+    "SymInt offset, SymInt first_row, bool full, float? free_bits, str free_bits_form, str scale_form"
 )
 _GRADIENTS = "Tensor? g_loss, Tensor? g_recon, Tensor? g_kl, Tensor? g_z, Tensor? g_kl_rows, bool[] needs"
 _TENSORS = 9  # the leading tensors of _INPUTS
@@ -34,11 +34,11 @@ def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     if isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=inputs.like.device)
     beta, beta_value = _split(inputs.beta)
-    log_variance, log_variance_value = _split(inputs.log_variance)
+    log_scale, log_scale_value = _split(inputs.log_scale)
     outputs = torch.ops.fastvae.forward(
-        *inputs._replace(beta=beta, log_variance=log_variance, seed=seed),
+        *inputs._replace(beta=beta, log_scale=log_scale, seed=seed),
         beta_value,
-        log_variance_value,
+        log_scale_value,
         list(extents),
         spec.likelihood,
         spec.recon_reduction,
@@ -48,6 +48,10 @@ def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
         spec.sample,
         spec.offset,
         spec.first_row,
+        spec.full,
+        spec.free_bits,
+        spec.free_bits_form,
+        spec.scale_form,
     )
     loss, recon, kl_term = outputs[:3] if spec.likelihood else (None, None, None)
     z, kl_rows = outputs[-2:] if spec.sample else (None, None)
@@ -68,15 +72,14 @@ def _split(value: float | Tensor) -> tuple[Any, float]:
 def _call(arguments: tuple[Any, ...]) -> tuple[ModuleType, Inputs, Spec, Extents]:
     """An op's arguments as those of an implementation, and which one."""
     tensors = list(arguments[:_TENSORS])
-    *numbers, extents, likelihood, recon_reduction, kl_reduction, half, clamp, sample, offset, first_row = (
-        arguments[_TENSORS:]
-    )
-    for place, number in zip((6, 7), numbers, strict=True):  # beta and log_variance
+    beta_value, log_scale_value, extents, *choices = arguments[_TENSORS:]
+    for place, number in ((6, beta_value), (7, log_scale_value)):
         if tensors[place] is None:
             tensors[place] = number
     inputs = Inputs(*tensors)
-    bounds = None if clamp is None else (clamp[0], clamp[1])
-    spec = Spec(likelihood, recon_reduction, kl_reduction, half, bounds, sample, offset, first_row)
+    if choices[4] is not None:  # logvar_clamp
+        choices[4] = tuple(choices[4])
+    spec = Spec(*choices)
     kernels: ModuleType
     if inputs.like.device.type == "cpu":
         from . import native as kernels
@@ -126,7 +129,7 @@ def _backward_meta(*arguments: Any) -> list[Tensor]:
     gradients = [
         *(None if t is None else t.new_empty(t.shape) for t in (inputs.x_hat, inputs.mu, inputs.logvar)),
         inputs.like.new_empty((batch,), dtype=inputs.compute_dtype),
-        inputs.like.new_empty((), dtype=inputs.compute_dtype),
+        torch.empty_like(inputs.log_scale) if isinstance(inputs.log_scale, Tensor) else None,
     ]
     return [t for t, needed in zip(gradients, needs, strict=True) if needed and t is not None]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,15 @@ DTYPE_CODES = {
     torch.float16: 3,
     torch.uint8: 4,
 }
-_LIKELIHOODS = {None: 0, "mse": 1, "gaussian": 2, "bernoulli": 3}
 _ONE_THREAD_BELOW = 1 << 16  # elements; waking a second thread costs more than it saves
 
+_LIKELIHOOD_CODES = {None: 0, "mse": 1, "gaussian": 2, "bernoulli": 3}
 _View = tuple[int, int, int, int, int] | None
+
+
+def supports(spec: Spec) -> bool:
+    """Whether these stages are written in C++."""
+    return spec.likelihood in _LIKELIHOOD_CODES and spec.scale_form == "scalar"
 
 
 def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
@@ -73,7 +80,7 @@ class _Call:
             self.beta = inputs.beta.item()
         else:
             self.beta_latents = self._vector(inputs.beta.reshape(-1))
-        self.log_variance = float(inputs.log_variance)
+        self.log_scale = float(inputs.log_scale)
         self.noise = None if inputs.seed is None else (int(inputs.seed), spec.offset, spec.first_row)
 
     def outputs(self) -> Forward:
@@ -92,17 +99,17 @@ class _Call:
     def gradients(self, needs: Needs) -> Gradients:
         """Uninitialised gradients, contiguous in the shapes of their inputs."""
 
-        def like(needed: bool, tensor: Tensor | None) -> Tensor | None:
-            if not needed or tensor is None:
-                return None
-            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        inputs = self.inputs
+
+        def like(needed: bool, tensor: Any, dtype: torch.dtype | None = None) -> Tensor | None:
+            return torch.empty(tensor.shape, dtype=dtype or tensor.dtype) if needed else None
 
         return Gradients(
-            like(needs.x_hat, self.inputs.x_hat),
-            like(needs.mu, self.inputs.mu),
-            like(needs.logvar, self.inputs.logvar),
+            like(needs.x_hat, inputs.x_hat),
+            like(needs.mu, inputs.mu),
+            like(needs.logvar, inputs.logvar),
             torch.empty(self.extents.batch, dtype=self.dtype) if needs.kl else None,
-            torch.empty((), dtype=self.dtype) if needs.log_variance else None,
+            like(needs.log_scale, inputs.log_scale, self.dtype),
         )
 
     def run(self, values: Forward, upstream: Forward | None, gradients: Gradients) -> None:
@@ -122,11 +129,12 @@ class _Call:
             self.dtype == torch.float64,
             extents,
             1 if elements < _ONE_THREAD_BELOW else torch.get_num_threads(),
-            _LIKELIHOODS[spec.likelihood],
+            _LIKELIHOOD_CODES[spec.likelihood],
             spec.half,
             spec.per_sample,
             spec.logvar_clamp,
-            (spec.recon_scale(extents), spec.kl_scale(extents), self.beta, self.log_variance),
+            spec.free_bits,
+            (spec.recon_scale(extents), spec.kl_scale(extents), self.beta, self.log_scale, spec.constant),
             self.x_hat,
             self.x,
             self.mu,

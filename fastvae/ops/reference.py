@@ -127,13 +127,21 @@ def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * mu * mu + 0.5 * exp_minus_1_minus(logvar)
 
 
-def recon_elements(x_hat: Tensor, x: Tensor, log_variance: Tensor | float, spec: Spec) -> Tensor:
+def recon_elements(x_hat: Tensor, x: Tensor, log_scale: Tensor | float, spec: Spec) -> Tensor:
     """-log p(x | z) by element, in nats ("mse": the squared error, or half of it under `half`)."""
     if spec.likelihood == "bernoulli":
         return F.binary_cross_entropy_with_logits(x_hat, x.expand_as(x_hat), reduction="none")
-    if spec.likelihood == "gaussian":
-        s = torch.as_tensor(log_variance, dtype=x_hat.dtype, device=x_hat.device)
-        return 0.5 * (((x_hat - x) * torch.exp(-0.5 * s)).square() + s + math.log(2 * math.pi))
+    if spec.likelihood == "probabilities":
+        with torch.autocast(x_hat.device.type, enabled=False):  # which forbids it, for fear of float16
+            return F.binary_cross_entropy(x_hat, x.expand_as(x_hat), reduction="none")
+    if spec.likelihood in ("gaussian", "laplace"):
+        s = torch.as_tensor(log_scale, dtype=x_hat.dtype, device=x_hat.device)
+        power = 0.5 if spec.likelihood == "gaussian" else 1.0
+        # a scale below the smallest number must not make 0 * inf of an error of 0
+        scaled = (x_hat - x) * torch.exp(-power * s).clamp(max=torch.finfo(x_hat.dtype).max)
+        if spec.likelihood == "gaussian":
+            return 0.5 * (scaled.square() + s) + spec.constant
+        return scaled.abs() + s + spec.constant
     error = (x_hat - x).square()
     return 0.5 * error if spec.half else error
 
@@ -177,7 +185,7 @@ def sample_and_kl(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor,
 
 def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, recon, kl) of x_hat [K, B, D], x [B, D] and either mu and logvar [B, Z] or kl [B]."""
-    x_hat, x, mu, logvar, kl, weight, beta, log_variance, _ = inputs
+    x_hat, x, mu, logvar, kl, weight, beta, log_scale, _ = inputs
     assert x_hat is not None
     assert x is not None
     dtype = inputs.compute_dtype
@@ -188,29 +196,34 @@ def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, 
     # [B, 1]: rows without weight leave before anything is computed, so that no 0 * inf comes back
     w = torch.ones((), dtype=dtype, device=x.device) if weight is None else weight.to(dtype)[:, None]
     output, target = _without_dropped(w, output, target)
-    recon_rows = recon_elements(output, target, log_variance, spec).sum((0, 2))
+    if isinstance(log_scale, Tensor):
+        log_scale = log_scale.to(dtype).reshape(spec.scale_shape(extents))
+        (log_scale,) = _without_dropped(w, log_scale)
+    recon_rows = recon_elements(output, target, log_scale, spec).sum((0, 2))
 
     if kl is not None:
         latents: tuple[Tensor, ...] = _without_dropped(w, kl.to(dtype)[:, None])
+    elif mu is None or logvar is None:
+        latents = (recon_rows.new_zeros(extents.batch, 1),)
     else:
-        assert mu is not None
-        assert logvar is not None
         v = clamp_logvar(logvar.reshape(extents.batch, extents.latents).to(dtype), spec)
         latents = _without_dropped(w, mu.reshape(extents.batch, extents.latents).to(dtype), v)
 
     def kl_of(parts: tuple[Tensor, ...]) -> Tensor:
         return parts[0] if len(parts) == 1 else kl_elements(*parts)
 
+    def floored(elements: Tensor) -> Tensor:
+        # at and below the floor without a gradient; NaN stays
+        if spec.free_bits is None:
+            return elements
+        return torch.where(elements <= spec.free_bits, torch.full_like(elements, spec.free_bits), elements)
+
     elements = kl_of(latents)
-    if isinstance(beta, Tensor):
-        factor = beta.reshape(-1).to(dtype)
-        weighted = factor * kl_of(_without_dropped(factor, *latents))
-        # adds 0 to the loss, and the KL to the gradient of a beta that is 0 now
-        weighted = weighted + torch.where(
-            (factor == 0) & elements.isfinite(), factor * elements.detach(), torch.zeros_like(elements)
-        )
-    else:
-        weighted = torch.zeros_like(elements) if beta == 0 else beta * elements
+    counted = floored(elements)
+    factor = torch.as_tensor(beta, dtype=dtype, device=x.device).reshape(-1)
+    weighted = torch.where(factor == 0, 0.0, factor * floored(kl_of(_without_dropped(factor, *latents))))
+    # adds 0 to the loss, and the KL to the gradient of a beta that is 0 now
+    weighted = weighted + torch.where((factor == 0) & counted.isfinite(), factor * counted.detach(), 0.0)
 
     def reduce(rows: Tensor, scale: float) -> Tensor:
         rows = rows if weight is None else w[:, 0] * rows
@@ -219,6 +232,20 @@ def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, 
     recon = reduce(recon_rows, spec.recon_scale(extents))
     kl_scale = spec.kl_scale(extents)
     return recon + reduce(weighted.sum(1), kl_scale), recon, reduce(elements.sum(1), kl_scale)
+
+
+def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents) -> Tensor:
+    """The KL of each latent, [Z], summed over the batch with its weights."""
+    mu, logvar, weight = inputs.mu, inputs.logvar, inputs.weight
+    assert mu is not None
+    assert logvar is not None
+    dtype = compute_dtype(mu, logvar)
+    m = mu.reshape(extents.batch, extents.latents).to(dtype)
+    v = clamp_logvar(logvar.reshape(extents.batch, extents.latents).to(dtype), spec)
+    if weight is None:
+        return kl_elements(m, v).sum(0)
+    w = weight.to(dtype)[:, None]
+    return (w * kl_elements(*_without_dropped(w, m, v))).sum(0)
 
 
 def _without_dropped(factor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

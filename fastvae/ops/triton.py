@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..kernels.columns import feature_scale_gradient_kernel, latent_kl_kernel
 from ..kernels.elbo import elbo_backward_kernel, elbo_forward_kernel
 from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
@@ -33,15 +34,16 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(batch: int, features: int, latents: int, multiprocessors: int) -> Plan:
+def plan(batch: int, features: int, latents: int, multiprocessors: int, *, scaled: bool = False) -> Plan:
     """The cut of a launch over [batch, features] and [batch, latents]; 0 for a stage that does not run.
 
-    A thread holds 8 features or 4 latents (1 where each draws a Philox block of its own): 16-byte accesses,
-    several in flight, and few enough registers for 1024 threads a multiprocessor. The grid fills the GPU
+    A thread holds 8 features (4 where each is `scaled` by its own log_scale) or 4 latents (1 where each draws
+    a Philox block of its own): 16-byte accesses, several in flight, and few enough registers for 1024 threads
+    a multiprocessor. The grid fills the GPU
     once, and its programs walk over what is left, so that the tickets of a large batch stay few.
     """
     warps = 8 if features > 0 else 4
-    tile_d, tile_z = 8 * 32 * warps, (4 if latents % 4 == 0 else 1) * 32 * warps
+    tile_d, tile_z = (4 if scaled else 8) * 32 * warps, (4 if latents % 4 == 0 else 1) * 32 * warps
     block_d = min(max(triton.next_power_of_2(features), 16), tile_d)
     block_z = min(max(triton.next_power_of_2(latents), 16), tile_z)
     rows = min(tile_d // block_d, tile_z // block_z)
@@ -66,8 +68,9 @@ def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     samples, batch, features, latents = extents
     reconstructs = spec.likelihood is not None
     cut = plan(
-        batch, features if reconstructs else 0, latents if inputs.mu is not None else 0, _processors(device)
-    )
+        batch, features if reconstructs else 0, latents if inputs.mu is not None else 0, _processors(device),
+        scaled=spec.scale_form != "scalar",
+    )  # fmt: skip
     programs = cut.row_programs * cut.splits
 
     loss = recon = kl_term = z = kl_rows = None
@@ -88,14 +91,16 @@ def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     arguments.update(
         p_kl_given=inputs.kl, p_loss=loss, p_recon=recon, p_kl=kl_term, p_z=z, p_kl_rows=kl_rows,
         p_partial=partial, p_ticket=_ticket(device), stride_kl_given=_row_stride(inputs.kl),
-        SAMPLE=spec.sample, PER_SAMPLE=reconstructs and spec.per_sample,
+        constant=spec.constant, SAMPLE=spec.sample, PER_SAMPLE=reconstructs and spec.per_sample,
     )  # fmt: skip
-    _launch(elbo_forward_kernel, device, cut, arguments)
+    _launch(elbo_forward_kernel, device, (cut.row_programs, cut.splits), arguments)
     return Forward(loss, recon, kl_term, z, kl_rows)
 
 
 def backward(inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward, needs: Needs) -> Gradients:
     """The gradients that `needs` names, in one launch; inputs as in `forward`.
+
+    That of a log_scale by feature is a sum over the batch, and takes a launch more and a sum.
 
     The upstream gradients belong to the fields of `Forward` and may be None, expanded or strided. Neither
     they nor the inputs are written to.
@@ -106,20 +111,26 @@ def backward(inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward, ne
     _refuse_float64(inputs)
     device = inputs.like.device
     samples, batch, features, latents = extents
-    of_features, of_latents = needs.x_hat or needs.log_variance, needs.mu or needs.logvar
-    cut = plan(batch, features if of_features else 0, latents if of_latents else 0, _processors(device))
+    by_feature = spec.scale_form == "features"
+    of_features = needs.x_hat or (needs.log_scale and not by_feature)
+    of_latents = needs.mu or needs.logvar
+    cut = plan(
+        batch, features if of_features else 0, latents if of_latents else 0, _processors(device),
+        scaled=spec.scale_form != "scalar",
+    )  # fmt: skip
 
-    d_kl = d_log_variance = partial = ticket = None
+    d_kl = d_log_scale = partial = ticket = None
     d_x_hat = _contiguous_like(inputs.x_hat) if needs.x_hat else None
     d_mu = _contiguous_like(inputs.mu) if needs.mu else None
     d_logvar = _contiguous_like(inputs.logvar) if needs.logvar else None
     if needs.kl:
         d_kl = torch.empty(batch, dtype=torch.float32, device=device)
-    if needs.log_variance:
-        assert isinstance(inputs.log_variance, Tensor)
-        d_log_variance = torch.empty_like(inputs.log_variance)
-        partial = torch.empty(cut.row_programs * cut.splits, dtype=torch.float32, device=device)
-        ticket = _ticket(device)
+    if needs.log_scale and not by_feature:
+        assert isinstance(inputs.log_scale, Tensor)
+        d_log_scale = _contiguous_like(inputs.log_scale)
+        if spec.scale_form == "scalar":
+            partial = torch.empty(cut.row_programs * cut.splits, dtype=torch.float32, device=device)
+            ticket = _ticket(device)
     g_loss, g_recon, g_kl, g_z, g_kl_rows = upstream
     g_z_strides: tuple[int, ...] = (0, 0, 0)
     if g_z is not None:
@@ -129,14 +140,65 @@ def backward(inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward, ne
     arguments = _shared_arguments(inputs, spec, extents, cut)
     arguments.update(
         p_g_loss=g_loss, p_g_recon=g_recon, p_g_kl=g_kl, p_g_z=g_z, p_g_kl_rows=g_kl_rows,
-        p_d_x_hat=d_x_hat, p_d_mu=d_mu, p_d_logvar=d_logvar, p_d_kl=d_kl, p_d_log_variance=d_log_variance,
+        p_d_x_hat=d_x_hat, p_d_mu=d_mu, p_d_logvar=d_logvar, p_d_kl=d_kl, p_d_log_scale=d_log_scale,
         p_partial=partial, p_ticket=ticket,
         stride_g_loss=_row_stride(g_loss), stride_g_recon=_row_stride(g_recon), stride_g_kl=_row_stride(g_kl),
         stride_g_kl_rows=_row_stride(g_kl_rows),
         stride_g_z_sample=g_z_strides[0], stride_g_z_row=g_z_strides[1], stride_g_z_col=g_z_strides[2],
     )  # fmt: skip
-    _launch(elbo_backward_kernel, device, cut, arguments)
-    return Gradients(d_x_hat, d_mu, d_logvar, d_kl, d_log_variance)
+    if of_features or of_latents or needs.kl:
+        _launch(elbo_backward_kernel, device, (cut.row_programs, cut.splits), arguments)
+    if needs.log_scale and by_feature:
+        d_log_scale = _feature_scale_gradient(inputs, spec, extents, arguments)
+    return Gradients(d_x_hat, d_mu, d_logvar, d_kl, d_log_scale)
+
+
+def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents) -> Tensor:
+    """The KL of each latent, float32 [Z], summed over the batch with its weights."""
+    device = inputs.like.device
+    _, batch, _, latents = extents
+    rows, block, grid = _columns(batch, latents, _processors(device))
+    out = torch.empty((grid[1], latents), dtype=torch.float32, device=device)
+    mu, (mu_row, mu_col) = _matrix(inputs.mu, batch, latents)
+    logvar, (logvar_row, logvar_col) = _matrix(inputs.logvar, batch, latents)
+    low, high = spec.logvar_clamp or (0.0, 0.0)
+    arguments = {
+        "p_mu": mu, "p_logvar": logvar, "p_weight": inputs.weight, "p_out": out,
+        "clamp_low": float(low), "clamp_high": float(high), "batch": batch, "latents": latents,
+        "stride_mu_row": mu_row, "stride_mu_col": mu_col,
+        "stride_logvar_row": logvar_row, "stride_logvar_col": logvar_col,
+        "stride_weight": _row_stride(inputs.weight), "CLAMP": spec.logvar_clamp is not None,
+        "ROWS": rows, "BLOCK": block, "num_warps": 4,
+    }  # fmt: skip
+    _launch(latent_kl_kernel, device, grid, arguments)
+    return out.sum(0)
+
+
+def _feature_scale_gradient(
+    inputs: Inputs, spec: Spec, extents: Extents, of_backward: dict[str, Any]
+) -> Tensor:
+    """d loss / d log_scale by feature; `of_backward` is what the backward kernel was given."""
+    log_scale, device = inputs.log_scale, inputs.like.device
+    assert isinstance(log_scale, Tensor)
+    rows, block, grid = _columns(extents.batch, extents.features, _processors(device))
+    out = torch.empty((grid[1], extents.features), dtype=torch.float32, device=device)
+    shared = {name: of_backward.get(name) for name in feature_scale_gradient_kernel.arg_names}
+    flat = log_scale.reshape(-1)
+    own = {
+        "p_log_scale": flat, "stride_log_scale": flat.stride(0), "p_out": out,
+        "ROWS": rows, "BLOCK": block, "num_warps": 4,
+    }  # fmt: skip
+    _launch(feature_scale_gradient_kernel, device, grid, {**shared, **own})
+    return out.sum(0).reshape(log_scale.shape).to(log_scale.dtype)
+
+
+def _columns(rows: int, columns: int, multiprocessors: int) -> tuple[int, int, tuple[int, int]]:
+    """Rows and columns of a tile for kernels that sum over rows, and the grid [column blocks, row groups]."""
+    block = min(max(triton.next_power_of_2(columns), 16), 128)
+    tile_rows = 1024 // block
+    blocks = triton.cdiv(columns, block)
+    groups = min(triton.cdiv(max(rows, 1), tile_rows), max(4 * multiprocessors // blocks, 1))
+    return tile_rows, block, (blocks, groups)
 
 
 def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -> dict[str, Any]:
@@ -144,7 +206,8 @@ def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -
     samples, batch, features, latents = extents
     device, weight = inputs.like.device, inputs.weight
     p_beta, beta_number = _tensor_or_number(inputs.beta, device)
-    p_log_variance, log_variance_number = _tensor_or_number(inputs.log_variance, device)
+    p_log_scale, log_scale_number = _tensor_or_number(inputs.log_scale, device)
+    p_log_scale, scale_strides = _scale_matrix(p_log_scale, spec, extents)
     p_seed, seed_number = _tensor_or_number(0 if inputs.seed is None else inputs.seed, device)
     by_latent = p_beta is not None and p_beta.numel() > 1
     if p_beta is not None and by_latent:
@@ -161,10 +224,10 @@ def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -
     logvar, (logvar_row, logvar_col) = _matrix(inputs.logvar, batch, latents)
     return {
         "p_x_hat": x_hat, "p_x": x, "p_mu": mu, "p_logvar": logvar, "p_weight": weight,
-        "p_beta": p_beta, "p_log_variance": p_log_variance, "p_seed": p_seed,
+        "p_beta": p_beta, "p_log_scale": p_log_scale, "p_seed": p_seed,
         # float(), because an int of 1 would be compiled in
-        "beta": float(beta_number), "log_variance": float(log_variance_number), "seed": int(seed_number),
-        "recon_scale": recon_scale, "kl_scale": spec.kl_scale(extents),
+        "beta": float(beta_number), "log_scale": float(log_scale_number), "seed": int(seed_number),
+        "free_bits": spec.free_bits or 0.0, "recon_scale": recon_scale, "kl_scale": spec.kl_scale(extents),
         "clamp_low": float(low), "clamp_high": float(high),
         "samples": samples, "batch": batch, "features": features, "latents": latents,
         "first_row": spec.first_row, "offset": spec.offset,
@@ -174,15 +237,18 @@ def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -
         "stride_mu_row": mu_row, "stride_mu_col": mu_col,
         "stride_logvar_row": logvar_row, "stride_logvar_col": logvar_col,
         "stride_weight": _row_stride(weight), "stride_beta": _row_stride(p_beta) if by_latent else 0,
-        "LIKELIHOOD": spec.likelihood, "CLAMP": spec.logvar_clamp is not None, "BETA_BY_LATENT": by_latent,
+        "stride_log_scale_sample": scale_strides[0],
+        "stride_log_scale_row": scale_strides[1], "stride_log_scale_col": scale_strides[2],
+        "LIKELIHOOD": spec.likelihood, "SCALE_FORM": spec.scale_form,
+        "FREE_BITS": spec.free_bits is not None, "CLAMP": spec.logvar_clamp is not None,
+        "BETA_BY_LATENT": by_latent,
         # rows then begin at a multiple of 4, and four neighbours share a Philox block
         "GROUPED": latents % 4 == 0, "SAMPLE_UNIT": unit,
         "ROWS": cut.rows, "BLOCK_D": cut.block_d, "BLOCK_Z": cut.block_z, "num_warps": cut.warps,
     }  # fmt: skip
 
 
-def _launch(kernel: Any, device: torch.device, cut: Plan, arguments: dict[str, Any]) -> None:
-    grid = (cut.row_programs, cut.splits)
+def _launch(kernel: Any, device: torch.device, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](**arguments)
@@ -218,6 +284,17 @@ def _samples_of_matrix(
         stride, strides = tensor.stride(0), (tensor.stride(1), tensor.stride(2))
     unit = 16 if columns % 16 == 0 and stride % 16 == 0 else 1
     return tensor, stride, unit, strides
+
+
+def _scale_matrix(
+    log_scale: Tensor | None, spec: Spec, extents: Extents
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """log_scale as [samples, rows, columns], and its strides; 0 where one value serves all."""
+    if log_scale is None or spec.scale_form == "scalar":
+        return log_scale, (0, 0, 0)
+    log_scale = log_scale.reshape(spec.scale_shape(extents))
+    pairs = zip(log_scale.shape, log_scale.stride(), strict=True)
+    return log_scale, tuple(0 if size == 1 else stride for size, stride in pairs)
 
 
 def _tensor_or_number(value: Tensor | float, device: torch.device) -> tuple[Tensor | None, float]:

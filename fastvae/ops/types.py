@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Likelihood = Literal["mse", "gaussian", "bernoulli"]
+Likelihood = Literal["mse", "gaussian", "bernoulli", "laplace"]
 Reduction = Literal["none", "sum", "mean", "batchmean"]
+FreeBitsForm = Literal["batch", "element"]
 Impl = Literal["auto", "reference", "native", "triton"]
 
-LIKELIHOODS: tuple[Likelihood, ...] = ("mse", "gaussian", "bernoulli")
+LIKELIHOODS: tuple[Likelihood, ...] = ("mse", "gaussian", "bernoulli", "laplace")
 REDUCTIONS: tuple[Reduction, ...] = ("none", "sum", "mean", "batchmean")
 
 
@@ -36,15 +38,21 @@ class Extents(NamedTuple):
     latents: int
 
 
+# How log_scale is laid out: a number or one element; one a feature; one for each element of x; of x_hat.
+ScaleForm = Literal["scalar", "features", "elements", "samples"]
+
+
 @dataclass(frozen=True)
 class Spec:
     """The choices of one call that are fixed when its kernel is compiled or picked.
 
     A stage runs where its field says so: reconstruction if `likelihood` is set, KL if mu and logvar are
-    given, sampling if `sample` is set.
+    given, sampling if `sample` is set. `likelihood` is that of `elbo`, or "probabilities": Bernoulli with
+    x_hat its probabilities. `free_bits` is a floor of the KL in the loss: of each of its elements where an
+    implementation sees it, and of each latent's mean before `ops.totals` has turned that into a beta.
     """
 
-    likelihood: Likelihood | None = None
+    likelihood: Likelihood | Literal["probabilities"] | None = None
     recon_reduction: Reduction = "batchmean"
     kl_reduction: Reduction = "batchmean"
     half: bool = False
@@ -52,11 +60,31 @@ class Spec:
     sample: bool = False
     offset: int = 0
     first_row: int = 0
+    full: bool = True
+    free_bits: float | None = None
+    free_bits_form: FreeBitsForm = "element"
+    scale_form: ScaleForm = "scalar"
 
     @property
     def per_sample(self) -> bool:
         """Whether the loss and its terms are [B] and not scalars."""
         return self.recon_reduction == "none"
+
+    @property
+    def constant(self) -> float:
+        """What -log p(x | z) has for each element whatever the inputs are, in nats; 0 without `full`."""
+        constants = {"gaussian": 0.5 * math.log(2 * math.pi), "laplace": math.log(2)}
+        return constants.get(self.likelihood or "", 0.0) if self.full else 0.0
+
+    def scale_shape(self, extents: Extents) -> tuple[int, ...]:
+        """log_scale's shape beside x_hat as [K, B, D]."""
+        shapes = {
+            "scalar": (),
+            "features": (1, 1, extents.features),
+            "elements": (1, extents.batch, extents.features),
+            "samples": (extents.samples, extents.batch, extents.features),
+        }
+        return shapes[self.scale_form]
 
     def recon_scale(self, extents: Extents) -> float:
         """The factor from a sum over K, B and D to the reconstruction term."""
@@ -85,8 +113,8 @@ class Inputs(NamedTuple):
     """The inputs of one call, as given: any strides, any trailing shapes; None for what is not given.
 
     x_hat: [B, *features] or [K, B, *features]. x: [B, *features]. mu, logvar: [B, *latents]; or kl: [B].
-    weight: [B]. beta: a number, one element, or one a latent. log_variance: a number or one element. seed:
-    64 bits, an int or an int64 tensor.
+    weight: [B]. beta: a number, one element, or one a latent. log_scale: the log of the Gaussian's variance
+    or of the Laplace's scale, laid out as Spec.scale_form says. seed: 64 bits, an int or an int64 tensor.
     """
 
     x_hat: Tensor | None = None
@@ -96,7 +124,7 @@ class Inputs(NamedTuple):
     kl: Tensor | None = None
     weight: Tensor | None = None
     beta: float | Tensor = 1.0
-    log_variance: float | Tensor = 0.0
+    log_scale: float | Tensor = 0.0
     seed: int | Tensor | None = None
 
     @property
@@ -132,7 +160,7 @@ class Gradients(NamedTuple):
     mu: Tensor | None = None
     logvar: Tensor | None = None
     kl: Tensor | None = None
-    log_variance: Tensor | None = None
+    log_scale: Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -142,4 +170,4 @@ class Needs(NamedTuple):
     mu: bool
     logvar: bool
     kl: bool
-    log_variance: bool
+    log_scale: bool

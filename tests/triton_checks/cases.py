@@ -9,15 +9,16 @@ import torch
 from launches import Compiled, compile_for, record
 
 from fastvae.ops import triton as launcher
-from fastvae.ops.types import Extents, Forward, Inputs, Likelihood, Needs, Reduction, Spec
+from fastvae.ops.types import Extents, Forward, Inputs, Needs, Reduction, ScaleForm, Spec
 
 FP32, BF16, UINT8 = torch.float32, torch.bfloat16, torch.uint8
 
 
 def elbo(
     batch: int, features: int, latents: int, *, samples: int = 1, dtype: torch.dtype = FP32,
-    x_dtype: torch.dtype | None = None, likelihood: Likelihood = "mse", reduction: Reduction = "batchmean",
+    x_dtype: torch.dtype | None = None, likelihood: Any = "mse", reduction: Reduction = "batchmean",
     sample: bool = False, beta: Any = 1.0, weighted: bool = False, clamp: Any = None, kl_given: bool = False,
+    scale_form: ScaleForm = "scalar", free_bits: float | None = None,
 ) -> Callable[[], None]:  # fmt: skip
     """A forward and a backward with reconstruction; memory is asked for and never touched."""
 
@@ -29,16 +30,30 @@ def elbo(
         logvar = None if kl_given else torch.empty(batch, latents, dtype=dtype)
         kl = torch.empty(batch) if kl_given else None
         weight = torch.ones(batch) if weighted else None
-        variance = torch.zeros(()) if likelihood == "gaussian" else 0.0
         seed = torch.zeros((), dtype=torch.int64) if sample else None
-        spec = Spec(likelihood, reduction, reduction, logvar_clamp=clamp, sample=sample)
+        spec = Spec(
+            likelihood, reduction, reduction, logvar_clamp=clamp, sample=sample, scale_form=scale_form,
+            free_bits=free_bits,
+        )  # fmt: skip
         extents = Extents(samples, batch, features, latents)
-        inputs = Inputs(x_hat, x, mu, logvar, kl, weight, beta, variance, seed)
+        scaled = likelihood in ("gaussian", "laplace")
+        log_scale = torch.empty(spec.scale_shape(extents)) if scaled else 0.0
+        inputs = Inputs(x_hat, x, mu, logvar, kl, weight, beta, log_scale, seed)
         launcher.forward(inputs, spec, extents)
         g_loss = torch.ones(batch if reduction == "none" else ())
         g_z = torch.empty(samples, batch, latents, dtype=dtype) if sample else None
-        needs = Needs(True, not kl_given, not kl_given, kl_given, likelihood == "gaussian")
+        needs = Needs(True, not kl_given, not kl_given, kl_given, scaled)
         launcher.backward(inputs, spec, extents, Forward(g_loss, z=g_z), needs)
+
+    return call
+
+
+def latent_kl(batch: int, latents: int) -> Callable[[], None]:
+    """The sums of batch-form free bits."""
+
+    def call() -> None:
+        mu, logvar = torch.empty(2, batch, latents)
+        launcher.latent_kl_sums(Inputs(mu=mu, logvar=logvar), Spec(), Extents(1, batch, 0, latents))
 
     return call
 
@@ -76,6 +91,13 @@ CASES: dict[str, Callable[[], None]] = {
     "fused odd": elbo(128, 7, 5, likelihood="bernoulli", sample=True, clamp=(-10.0, 10.0)),
     "fused one": elbo(128, 1, 1, sample=True),
     "fused huge": elbo(64, 196608, 4096, samples=4, likelihood="bernoulli", sample=True, reduction="none"),
+    "laplace": elbo(1024, 784, 64, likelihood="laplace"),
+    "probabilities": elbo(1024, 784, 64, likelihood="probabilities"),
+    "scale by feature": elbo(1024, 784, 64, likelihood="gaussian", scale_form="features"),
+    "scale by element": elbo(256, 784, 64, samples=4, likelihood="laplace", scale_form="elements"),
+    "scale by sample": elbo(256, 784, 64, samples=4, dtype=BF16, likelihood="gaussian", scale_form="samples"),
+    "free bits": elbo(1024, 784, 64, free_bits=0.5),
+    "latent kl": latent_kl(1024, 64),
     "sample": sampling(1024, 64),
     "sample small": sampling(128, 20),
     "sample huge": sampling(64, 4096, samples=4),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numerics import Case, check, make_inputs, run_backward, run_triton
 
+from fastvae.ops import reference
 from fastvae.ops import triton as launcher
 from fastvae.ops.autograd import fused_elbo as differentiable
 from fastvae.ops.types import Extents, Forward, Inputs, Needs, Spec
@@ -29,7 +30,7 @@ CASES = {
     "chunks by row": Case(batch=3, features=4099, latents=6, recon_reduction="none", kl_reduction="none"),
     "row groups": Case(batch=131, features=3, latents=4),
     "samples": Case(samples=3, batch=5, features=16, latents=4),
-    "no rows": Case(batch=0, features=16, latents=4, likelihood="gaussian", log_variance="learned"),
+    "no rows": Case(batch=0, features=16, latents=4, likelihood="gaussian", log_scale="learned"),
     "no rows by row": Case(batch=0, recon_reduction="none", kl_reduction="none", sample=True),
     # choices
     "half": Case(half=True, recon_reduction="sum", kl_reduction="mean"),
@@ -43,16 +44,32 @@ CASES = {
     "clamp": Case(clamp=(-0.5, 0.75), latents=33),
     "kl given": Case(kl_given=True, weighted=True, beta=0.4),
     "kl given, none": Case(kl_given=True, recon_reduction="none", kl_reduction="none", features=4099),
-    "gaussian": Case(likelihood="gaussian", log_variance=0.8),
-    "gaussian learned": Case(likelihood="gaussian", log_variance="learned", weighted=True, samples=2),
+    "gaussian": Case(likelihood="gaussian", log_scale=0.8),
+    "gaussian learned": Case(likelihood="gaussian", log_scale="learned", weighted=True, samples=2),
     "gaussian none": Case(
-        likelihood="gaussian", log_variance="learned", recon_reduction="none", kl_reduction="none"
+        likelihood="gaussian", log_scale="learned", recon_reduction="none", kl_reduction="none"
     ),
     "bernoulli": Case(likelihood="bernoulli", features=64, latents=8),
     "bernoulli samples": Case(likelihood="bernoulli", samples=2, weighted=True, spread=8.0),
+    "gaussian not full": Case(likelihood="gaussian", log_scale=0.3, full=False),
+    "laplace": Case(likelihood="laplace", log_scale=-0.5, weighted=True),
+    "laplace learned": Case(likelihood="laplace", log_scale="learned", samples=2, full=False, latents=8),
+    "probabilities": Case(likelihood="probabilities", features=64, latents=8),
+    "probabilities samples": Case(likelihood="probabilities", samples=2, weighted=True, x_dtype=UINT8),
+    "scale by feature": Case(likelihood="gaussian", log_scale="features", weighted=True, samples=2),
+    "scale by feature, many": Case(likelihood="gaussian", log_scale="features", batch=70, features=260),
+    "scale by element": Case(likelihood="laplace", log_scale="elements", samples=3, weighted=True),
+    "scale by sample": Case(
+        likelihood="gaussian", log_scale="samples", samples=2, recon_reduction="none", kl_reduction="none"
+    ),
+    "free bits": Case(free_bits=0.4, weighted=True, beta=0.7),
+    "free bits by latent": Case(free_bits=0.4, beta="latents", clamp=(-1.0, 1.0), latents=33),
+    "free bits, none": Case(
+        free_bits=0.3, recon_reduction="none", kl_reduction="none", features=4099, sample=True, latents=8
+    ),
     # dtypes
     "bf16": Case(dtype=BF16, features=64, latents=16, likelihood="bernoulli"),
-    "fp16": Case(dtype=FP16, upstream="large", likelihood="gaussian", log_variance="learned"),
+    "fp16": Case(dtype=FP16, upstream="large", likelihood="gaussian", log_scale="learned"),
     "mixed": Case(dtype=BF16, x_dtype=FP32, latent_dtype=FP16, beta="latents"),
     "bytes": Case(x_dtype=UINT8, features=784),
     "bytes bf16": Case(dtype=BF16, x_dtype=UINT8, likelihood="bernoulli"),
@@ -60,6 +77,8 @@ CASES = {
     "chunked": Case(layout="chunked", features=32, latents=8, sample=True),
     "transposed": Case(layout="transposed", samples=2, sample=True),
     "expanded": Case(layout="expanded", upstream="expanded", recon_reduction="none", kl_reduction="none"),
+    "sliced scales": Case(layout="sliced", likelihood="gaussian", log_scale="samples", samples=2, dtype=BF16),
+    "transposed scales": Case(layout="transposed", likelihood="laplace", log_scale="features"),
     "sliced": Case(layout="sliced", x_dtype=UINT8, sample=True),
     "unaligned": Case(layout="unaligned", features=64, latents=16, dtype=BF16, sample=True),
     "trailing": Case(layout="trailing", features=32, latents=8, samples=2, sample=True),
@@ -111,7 +130,7 @@ def test_hard_inputs_stay_finite_or_overflow_as_they_should() -> None:
     assert z.isfinite().all()
 
 
-@pytest.mark.parametrize("likelihood", ["mse", "gaussian", "bernoulli"])
+@pytest.mark.parametrize("likelihood", ["mse", "gaussian", "bernoulli", "laplace", "probabilities"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_rows_stay_in_their_row(likelihood: str, bad: float) -> None:
     case = Case(
@@ -186,9 +205,9 @@ def test_softplus_keeps_its_digits_in_the_tail() -> None:
 
 def test_through_autograd_twice() -> None:
     """As the operators call it: gradients of a loss and of z, and once more from a retained graph."""
-    case = Case(sample=True, likelihood="gaussian", log_variance="learned", kl_reduction="mean")
+    case = Case(sample=True, likelihood="gaussian", log_scale="learned", kl_reduction="mean")
     inputs = make_inputs(case, torch.Generator().manual_seed(5), DEVICE)
-    leaves = [inputs.x_hat, inputs.mu, inputs.logvar, inputs.log_variance]
+    leaves = [inputs.x_hat, inputs.mu, inputs.logvar, inputs.log_scale]
     for leaf in leaves:
         leaf.requires_grad_()
     result = differentiable(inputs, case.spec, case.extents, launcher)
@@ -225,6 +244,52 @@ def test_float64_is_refused_by_name() -> None:
     inputs = inputs._replace(logvar=inputs.logvar.double())
     with pytest.raises(TypeError, match=r"logvar: .*got float64, expected float32"):
         launcher.forward(inputs, Case().spec, Case().extents)
+
+
+def test_probabilities_at_their_ends() -> None:
+    """As F.binary_cross_entropy: logarithms bounded at -100, slopes at a spread of 1e-12."""
+    p = torch.tensor([0.0, 1e-45, 1e-40, 1e-30, 1e-8, 0.29, 0.3, 0.5, 0.9999999, 1.0], device=DEVICE)
+    for target in (0.0, 0.3, 1.0):
+        x = torch.full_like(p, target)
+        leaf = p.clone().requires_grad_()
+        truth = torch.nn.functional.binary_cross_entropy(leaf, x, reduction="none")
+        (slope,) = torch.autograd.grad(truth.sum(), leaf)
+        extents = Extents(1, p.numel(), 1, 1)
+        inputs = Inputs(p[:, None], x[:, None], kl=torch.zeros_like(p))
+        spec = Spec("probabilities", "none", "none")
+        got = launcher.forward(inputs, spec, extents).recon
+        torch.testing.assert_close(got, truth.detach(), rtol=1e-6, atol=1e-9)
+        upstream, needs = Forward(torch.ones_like(p)), Needs(True, False, False, False, False)
+        got = launcher.backward(inputs, spec, extents, upstream, needs).x_hat
+        assert got is not None
+        torch.testing.assert_close(got[:, 0], slope, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
+def test_a_scale_without_a_reciprocal_makes_no_nan(likelihood: str) -> None:
+    x = torch.rand(3, 4, device=DEVICE)
+    inputs = Inputs(x, x.clone(), kl=torch.zeros(3, device=DEVICE), log_scale=-300.0)
+    spec, extents = Spec(likelihood), Extents(1, 3, 4, 1)
+    values = launcher.forward(inputs, spec, extents)
+    assert values.loss is not None
+    assert values.loss.isfinite()
+    upstream, needs = Forward(torch.ones((), device=DEVICE)), Needs(True, False, False, False, False)
+    gradient = launcher.backward(inputs, spec, extents, upstream, needs).x_hat
+    assert gradient is not None
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(("batch", "latents"), [(0, 3), (5, 1), (70, 300), (1300, 20)])
+def test_kl_of_each_latent(batch: int, latents: int) -> None:
+    case = Case(
+        likelihood=None, batch=batch, latents=latents, clamp=(-1.0, 1.0), weighted=True, layout="chunked"
+    )
+    inputs = make_inputs(case, torch.Generator().manual_seed(2), DEVICE)
+    got = launcher.latent_kl_sums(inputs, case.spec, case.extents)
+    wide = Inputs(*(v.double() if isinstance(v, torch.Tensor) else v for v in inputs))
+    truth = reference.latent_kl_sums(wide, case.spec, case.extents)
+    assert got.shape == (latents,)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=1e-9)
 
 
 def _sample_and_kl(mu: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,6 +49,7 @@ class Compiled:
 class _Recorder:
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda **arguments: self.launches.append(Launch(self.kernel, grid, arguments))
@@ -57,7 +58,13 @@ class _Recorder:
 def record(call: Any) -> list[Launch]:
     """The launches of `call()`, which runs nothing."""
     launches: list[Launch] = []
-    kernels = {n: getattr(launcher, n) for n in ("elbo_forward_kernel", "elbo_backward_kernel")}
+    names = (
+        "elbo_forward_kernel",
+        "elbo_backward_kernel",
+        "latent_kl_kernel",
+        "feature_scale_gradient_kernel",
+    )
+    kernels = {name: getattr(launcher, name) for name in names}
     try:
         for name, kernel in kernels.items():
             setattr(launcher, name, _Recorder(kernel, launches))

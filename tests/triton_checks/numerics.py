@@ -11,9 +11,9 @@ from triton.runtime import interpreter
 
 from fastvae.ops import reference
 from fastvae.ops import triton as launcher
-from fastvae.ops.types import Extents, Forward, Gradients, Inputs, Needs, Spec
+from fastvae.ops.types import Extents, Forward, Gradients, Inputs, Needs, ScaleForm, Spec
 
-FIELDS = ("x_hat", "mu", "logvar", "kl", "log_variance")
+FIELDS = ("x_hat", "mu", "logvar", "kl", "log_scale")
 NOISE_TOLERANCE = 4e-6  # the implementations' normals agree to this
 
 
@@ -46,7 +46,7 @@ class Case:
     latent_dtype: torch.dtype | None = None
     layout: str = "contiguous"
     beta: Any = 1.0
-    log_variance: Any = 0.0
+    log_scale: Any = 0.0
     weighted: bool = False
     clamp: tuple[float, float] | None = None
     kl_given: bool = False
@@ -55,12 +55,18 @@ class Case:
     first_row: int = 0
     upstream: str = "random"
     spread: float = 1.0
+    full: bool = True
+    free_bits: float | None = None
+
+    @property
+    def scale_form(self) -> ScaleForm:
+        return self.log_scale if self.log_scale in ("features", "elements", "samples") else "scalar"
 
     @property
     def spec(self) -> Spec:
         return Spec(
             self.likelihood, self.recon_reduction, self.kl_reduction, self.half, self.clamp,
-            self.sample, self.offset, self.first_row,
+            self.sample, self.offset, self.first_row, self.full, self.free_bits, scale_form=self.scale_form,
         )  # fmt: skip
 
     @property
@@ -106,7 +112,7 @@ def make_inputs(case: Case, generator: torch.Generator, device: str) -> Inputs:
         return lay(values.to(device, dtype), case.layout)
 
     x_hat = x = mu = logvar = kl = weight = None
-    beta, log_variance = case.beta, case.log_variance
+    beta, log_scale = case.beta, case.log_scale
     if case.likelihood:
         x_hat = placed(normal(*lead, case.batch, case.features), case.dtype)
         x = torch.rand((case.batch, case.features), generator=generator)
@@ -124,10 +130,14 @@ def make_inputs(case: Case, generator: torch.Generator, device: str) -> Inputs:
     elif beta == "latents":
         beta = torch.rand(case.latents, generator=generator).to(device)
         beta[0] = 0
-    if case.likelihood == "gaussian" and log_variance == "learned":
-        log_variance = torch.tensor(-0.6, device=device)
+    if case.likelihood == "probabilities":
+        x_hat = placed(torch.rand((*lead, case.batch, case.features), generator=generator), case.dtype)
+    if log_scale == "learned":
+        log_scale = torch.tensor(-0.6, device=device)
+    elif case.scale_form != "scalar":
+        log_scale = placed(normal(*case.spec.scale_shape(case.extents)), case.dtype)
     seed = torch.randint(-(2**62), 2**62, (), generator=generator).to(device) if case.sample else None
-    return Inputs(x_hat, x, mu, logvar, kl, weight, beta, log_variance, seed)
+    return Inputs(x_hat, x, mu, logvar, kl, weight, beta, log_scale, seed)
 
 
 def make_upstream(
@@ -256,17 +266,23 @@ def check(case: Case, device: str, seed: int) -> None:
 
 
 def _variance_slack(case: Case, inputs: Inputs, upstream: list[Tensor | None]) -> dict[str, float]:
-    """d log_variance sums terms of both signs: its errors are relative to the terms' magnitudes."""
-    if not isinstance(inputs.log_variance, Tensor):
+    """d log_scale sums terms of both signs: its errors are relative to the terms' magnitudes."""
+    if not isinstance(inputs.log_scale, Tensor) or case.batch == 0:
         return {}
     assert inputs.x_hat is not None
     assert inputs.x is not None
-    x = inputs.x.reshape(case.batch, case.features).double()
+    x = inputs.x.reshape(case.batch, case.features).double() / (255 if inputs.x.dtype == torch.uint8 else 1)
     d = inputs.x_hat.reshape(case.samples, case.batch, case.features).double() - x
-    terms = 0.5 + 0.5 * d.square() * torch.exp(-inputs.log_variance.double())
+    s = inputs.log_scale.double().reshape(case.spec.scale_shape(case.extents))
+    if case.likelihood == "gaussian":
+        terms = 0.5 + 0.5 * d.square() * torch.exp(-s)
+    else:
+        terms = 1 + d.abs() * torch.exp(-s)
+    summed = {"scalar": (0, 1, 2), "features": (0, 1), "elements": (0,), "samples": ()}[case.scale_form]
+    largest = (terms.sum(summed) if summed else terms).max().item()
     g = sum(u.abs().max().item() for u in upstream[:2] if u is not None and u.numel())
-    magnitude = g * case.spec.recon_scale(case.extents) * terms.sum().item()
-    return {"d log_variance": 2 * torch.finfo(torch.float32).eps * magnitude}
+    magnitude = g * case.spec.recon_scale(case.extents) * largest
+    return {"d log_scale": 2 * torch.finfo(torch.float32).eps * magnitude}
 
 
 def _noise_slacks(case: Case, inputs: Inputs, upstream: list[Tensor | None]) -> dict[str, float]:

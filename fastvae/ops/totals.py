@@ -1,0 +1,64 @@
+"""What depends on the totals of a batch: the best variance, and free bits by latent. One reduction more.
+
+Both are found first, without a gradient, and then stand in the loss as numbers: the loss is stationary in the
+best variance, and a mean above its floor is linear in its elements, so that the gradients are exact.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .dispatch import latent_kl_sums, run
+from .types import Extents, Impl, Inputs, Spec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_SQUARES = Spec("mse", "sum", "sum")
+
+
+@torch.no_grad()
+def best_log_variance(inputs: Inputs, extents: Extents, group: ProcessGroup | None, impl: Impl) -> Tensor:
+    """ln of the mean squared error, the variance at which the Gaussian likelihood of a batch is greatest.
+
+    Rybkin et al. 2021, "Simple and effective VAE training with calibrated decoders", equation 4. With weights
+    it is the weighted mean.
+    """
+    x_hat, x, weight = inputs.x_hat, inputs.x, inputs.weight
+    squares = run(Inputs(x_hat, x, weight=weight), _SQUARES, extents, impl).recon
+    assert squares is not None
+    data = squares.new_tensor(extents.batch) if weight is None else weight.sum(dtype=squares.dtype)
+    squares, elements = _over_ranks(torch.stack((squares, data * extents.features)), group)
+    mean = squares / torch.where(elements == 0, 1, elements)
+    # clamp keeps NaN
+    best: Tensor = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+    return best
+
+
+def floored_beta(
+    inputs: Inputs, spec: Spec, extents: Extents, group: ProcessGroup | None, impl: Impl
+) -> tuple[Tensor, Tensor]:
+    """beta by latent, 0 where the batch's mean KL is at most free_bits; and what those add to the loss.
+
+    beta * sum_j max(free_bits, mean_b KL_bj), in nats: Kingma et al. 2016, "Improved variational inference
+    with inverse autoregressive flow", appendix C8.
+    """
+    assert spec.free_bits is not None
+    with torch.no_grad():
+        sums = latent_kl_sums(inputs, spec, extents, impl)
+        totals = _over_ranks(torch.cat((sums, sums.new_tensor([extents.batch]))), group)
+        means = totals[:-1] / totals[-1].clamp(min=1)
+        free = means <= spec.free_bits  # NaN is not
+    beta = torch.as_tensor(inputs.beta, dtype=sums.dtype, device=sums.device).expand(extents.latents)
+    floor = torch.where(free, beta, 0.0).sum() * (spec.free_bits * extents.batch * spec.kl_scale(extents))
+    return torch.where(free, 0.0, beta), floor
+
+
+def _over_ranks(totals: Tensor, group: ProcessGroup | None) -> Tensor:
+    if group is not None:
+        dist.all_reduce(totals, group=group)
+    return totals
