@@ -120,8 +120,8 @@ private:
 
     void put(std::int64_t at, double loss, double recon, double kl_term) const {
         static_cast<R*>(p.loss)[at] = static_cast<R>(loss);
-        static_cast<R*>(p.recon)[at] = static_cast<R>(recon);
-        static_cast<R*>(p.kl_term)[at] = static_cast<R>(kl_term);
+        if (p.recon) static_cast<R*>(p.recon)[at] = static_cast<R>(recon);
+        if (p.kl_term) static_cast<R*>(p.kl_term)[at] = static_cast<R>(kl_term);
     }
 
     const Elbo& p;

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from .ops.api import elbo_from_spec
 from .ops.checks import check_scale, make_spec
-from .ops.types import ELBOTerms, FreeBitsForm, Impl, Inputs, Likelihood, Reduction
+from .ops.types import ELBOTerms, FreeBitsForm, Impl, Inputs, Likelihood, Reduction, Spec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,6 +57,7 @@ class ELBOLoss(nn.Module):
             likelihood, reduction, recon_reduction, kl_reduction, half, full, from_logits, logvar_clamp,
             free_bits, free_bits_form,
         )  # fmt: skip
+        self._loss_spec = replace(self.spec, terms=False)
         self.process_group = process_group
         self.impl: Impl = impl
         check_scale(log_variance, log_scale, self.spec)
@@ -76,7 +78,7 @@ class ELBOLoss(nn.Module):
         weight: Tensor | None = None,
     ) -> Tensor:
         """The loss: a scalar, or [B] under reduction "none"."""
-        return self.terms(x_hat, x, mu, logvar, kl=kl, weight=weight).loss
+        return self._elbo(Inputs(x_hat, x, mu, logvar, kl, weight, self.beta), self._loss_spec).loss
 
     def terms(
         self,
@@ -89,10 +91,10 @@ class ELBOLoss(nn.Module):
         weight: Tensor | None = None,
     ) -> ELBOTerms:
         """The loss and its two terms, each differentiable; `recon` and `kl` do not contain beta."""
-        given = Inputs(x_hat, x, mu, logvar, kl, weight, self.beta)
-        return elbo_from_spec(
-            given, self.log_variance, self.log_scale, self.spec, self.process_group, self.impl
-        )
+        return self._elbo(Inputs(x_hat, x, mu, logvar, kl, weight, self.beta), self.spec)
+
+    def _elbo(self, inputs: Inputs, spec: Spec) -> ELBOTerms:
+        return elbo_from_spec(inputs, self.log_variance, self.log_scale, spec, self.process_group, self.impl)
 
     def extra_repr(self) -> str:
         spec = self.spec

@@ -62,8 +62,9 @@ def store_rows(
         b_recon = weighted(p_weight, stride_weight, b_row, b_live, b_recon) * recon_scale
         b_kl = weighted(p_weight, stride_weight, b_row, b_live, b_kl) * kl_scale
         b_weighted_kl = weighted(p_weight, stride_weight, b_row, b_live, b_weighted_kl) * kl_scale
-        tl.store(p_recon + b_row, b_recon, mask=b_live)
-        tl.store(p_kl + b_row, b_kl, mask=b_live)
+        if p_recon is not None:
+            tl.store(p_recon + b_row, b_recon, mask=b_live)
+            tl.store(p_kl + b_row, b_kl, mask=b_live)
         tl.store(p_loss + b_row, b_recon + b_weighted_kl, mask=b_live)
 
 
@@ -195,8 +196,9 @@ def elbo_forward_kernel(
         last = is_last_program(p_ticket, programs)
         if last:
             recon, kl, weighted_kl = three_sums_of_programs(p_partial, programs)
-            tl.store(p_recon, recon * recon_scale)
-            tl.store(p_kl, kl * kl_scale)
+            if p_recon is not None:
+                tl.store(p_recon, recon * recon_scale)
+                tl.store(p_kl, kl * kl_scale)
             tl.store(p_loss, recon * recon_scale + weighted_kl * kl_scale)
     elif splits > 1:
         last = is_last_program(p_ticket, programs)

@@ -251,23 +251,53 @@ def test_uint8_means_x_over_255(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_hard_inputs(impl: str) -> None:
-    """The loss and its gradients where the textbook formula in float32 cancels or overflows."""
-    logvar = torch.cat([torch.linspace(-100, 88, 400), 10.0 ** torch.linspace(-8, 0, 50)])[:, None]
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_hard_inputs(impl: str, dtype: torch.dtype) -> None:
+    """The KL and its gradients where the textbook formula in float32 cancels or overflows."""
+    logvar = torch.cat([torch.linspace(-100, 100, 400), 10.0 ** torch.linspace(-8, 0, 50)])[:, None].to(dtype)
     mu = torch.linspace(-1e4, 1e4, 450)[:, None] * torch.tensor([0.0, 1.0]).repeat(225)[:, None]
-    x_hat, x = torch.zeros(450, 1), torch.zeros(450, 1)
-    leaf_mu, leaf_logvar = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-    kl = fastvae.elbo(x_hat, x, leaf_mu, leaf_logvar, reduction="none", impl=impl).kl
-    truth = 0.5 * (mu.double() ** 2 + torch.expm1(logvar.double()) - logvar.double())[:, 0]
+    mu = mu.to(dtype)
+    leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
+    x = torch.zeros(450, 1)
+    kl = fastvae.elbo(x, x, *leaves, reduction="none", impl=impl).kl
+    m, v = mu.double()[:, 0], logvar.double()[:, 0]
     # f(v) by its series where even float64 cancels
-    v = logvar.double()[:, 0]
-    series = 0.5 * mu.double()[:, 0] ** 2 + 0.5 * v**2 * (0.5 + v / 6 + v**2 / 24)
-    truth = torch.where(v.abs() < 1e-4, series, truth)
-    torch.testing.assert_close(kl.double(), truth, rtol=1e-6, atol=0)
+    f = torch.where(v.abs() < 1e-3, v**2 * (0.5 + v / 6 + v**2 / 24 + v**3 / 120), torch.expm1(v) - v)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    assert kl.dtype == compute
     assert (kl >= 0).all()
-    got = torch.autograd.grad(kl.sum(), (leaf_mu, leaf_logvar))
-    torch.testing.assert_close(got[0], mu)
-    torch.testing.assert_close(got[1].double(), 0.5 * torch.expm1(logvar.double()), rtol=1e-6, atol=0)
+    overflows = (m**2 + f).to(compute).isinf()  # the KL is half of a number that must be held
+    assert torch.equal(kl.isinf(), overflows)
+    truth = (0.5 * m**2 + 0.5 * f)[~overflows]
+    torch.testing.assert_close(kl.double()[~overflows], truth, rtol=1e-6, atol=0)
+    d_mu, d_logvar = torch.autograd.grad(kl.sum(), leaves)
+    assert torch.equal(d_mu, mu)
+    held = (0.5 * torch.expm1(v).to(compute)).to(dtype)
+    finite = held.isfinite()
+    assert torch.equal(d_logvar[:, 0].isinf(), held.isinf())
+    rtol = 1e-6 + torch.finfo(dtype).eps * (dtype != torch.float64)
+    # fp16: below its normal numbers a rounding is an absolute step
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(d_logvar[finite, 0].double(), held[finite].double(), rtol=rtol, atol=step)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_upstream_gradients_as_they_come(impl: str, dtype: torch.dtype) -> None:
+    """By datum: expanded, strided, negative and large, and none for a term that nobody used."""
+    tensors = [t.requires_grad_(i != 1) for i, t in enumerate(inputs(6, 31, 5, dtype))]
+    wrt = [tensors[0], tensors[2], tensors[3]]
+    terms = fastvae.elbo(*tensors, reduction="none", beta=0.5, impl=impl)
+    wide = torch.randn(12, dtype=terms.loss.dtype) * 65536
+    for g in (torch.tensor(-2.0, dtype=wide.dtype).expand(6), wide[::2], wide[6:]):
+        got = torch.autograd.grad([terms.loss, terms.kl], wrt, [g, g], retain_graph=True)
+        doubles = [t.detach().double().requires_grad_() for t in tensors]
+        recon, kl = by_hand(*doubles)
+        truth = torch.autograd.grad(((recon + 1.5 * kl) * g).sum(), [doubles[0], doubles[2], doubles[3]])
+        for a, t in zip(got, truth, strict=True):
+            bar = max(torch.finfo(dtype).eps, 1e-6) * t.abs().max()
+            assert torch.equal(a.isinf(), t.to(dtype).isinf())  # float16 holds 65504
+            assert ((a.double() - t)[a.isfinite()].abs() <= bar).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

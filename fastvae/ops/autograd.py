@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,53 +19,75 @@ def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents, kernels: ModuleType
     if not torch.is_grad_enabled():
         result: Forward = kernels.forward(inputs, spec, extents)
         return result
-    return Forward(*_FusedELBO.apply(*inputs, spec, extents, kernels))  # type: ignore[no-untyped-call]
+    *tensors, seed = inputs
+    outputs = _FusedELBO.apply(*tensors, (seed, spec, extents, kernels))  # type: ignore[no-untyped-call]
+    return Forward._make(outputs)
 
 
 class _FusedELBO(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Forward:
-        *saved, ctx.spec, ctx.extents, ctx.kernels = arguments
+    def forward(
+        ctx: Any,
+        x_hat: Tensor | None,
+        x: Tensor | None,
+        mu: Tensor | None,
+        logvar: Tensor | None,
+        kl: Tensor | None,
+        weight: Tensor | None,
+        beta: float | Tensor,
+        log_scale: float | Tensor,
+        call: tuple[Any, Spec, Extents, ModuleType],
+    ) -> Forward:
+        seed, spec, extents, kernels = ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.constants = [None if isinstance(v, Tensor) else v for v in saved]
-        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in saved))
-        inputs, spec, extents, kernels = Inputs(*saved), ctx.spec, ctx.extents, ctx.kernels
+        ctx.numbers = beta, log_scale
+        ctx.save_for_backward(
+            x_hat, x, mu, logvar, kl, weight,
+            beta if isinstance(beta, Tensor) else None, log_scale if isinstance(log_scale, Tensor) else None,
+        )  # fmt: skip
         need = ctx.needs_input_grad
         ctx.needs = Needs(need[0], need[2], need[3], need[4], need[7])
+        ctx.needs_reference = need[1] or need[5] or need[6]
         ctx.ready = None
+        inputs = Inputs(x_hat, x, mu, logvar, kl, weight, beta, log_scale, seed)
+        result: Forward
         if kernels.GRADIENTS_IN_FORWARD and spec.likelihood and not (spec.sample or spec.per_sample):
             # the inputs are in the cache now, and a scalar loss is most often the root of backward
             result, ctx.ready = kernels.forward_and_gradients(inputs, spec, extents, ctx.needs)
         else:
             result = kernels.forward(inputs, spec, extents)
-        return result  # type: ignore[no-any-return]
+        return result
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        rare = (ctx.needs_input_grad[1], ctx.needs_input_grad[5], ctx.needs_input_grad[6])
-        if torch.is_grad_enabled() or any(rare):
+        if ctx.needs_reference or torch.is_grad_enabled():
             return _reference_backward(ctx, upstream)
         g = _take_ready(ctx, upstream)
         if g is None:
-            g = ctx.kernels.backward(
-                Inputs(*_saved(ctx)), ctx.spec, ctx.extents, Forward(*upstream), ctx.needs
-            )
-        return g.x_hat, None, g.mu, g.logvar, g.kl, None, None, g.log_scale, None, None, None, None
+            _, spec, extents, kernels = ctx.call
+            g = kernels.backward(_inputs(ctx), spec, extents, Forward._make(upstream), ctx.needs)
+        return g[0], None, g[1], g[2], g[3], None, None, g[4], None
 
 
-def _saved(ctx: Any) -> list[Any]:
-    """The fields of Inputs that forward had."""
-    return [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
+def _inputs(ctx: Any) -> Inputs:
+    """The inputs that forward had."""
+    x_hat, x, mu, logvar, kl, weight, beta, log_scale = ctx.saved_tensors
+    beta_number, log_scale_number = ctx.numbers
+    if beta is None:
+        beta = beta_number
+    if log_scale is None:
+        log_scale = log_scale_number
+    return Inputs(x_hat, x, mu, logvar, kl, weight, beta, log_scale, ctx.call[0])
 
 
-def _take_ready(ctx: Any, upstream: Sequence[Tensor | None]) -> Gradients | None:
+def _take_ready(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Gradients | None:
     """The gradients that forward made, if they serve; they are given away once and never changed after.
 
     A second backward makes them anew: a caller may have changed in place what it was given.
     """
     ready: Gradients | None = ctx.ready
-    g_loss = upstream[0]
-    if ready is None or g_loss is None or any(g is not None for g in upstream[1:]):
+    g_loss, g_recon, g_kl = upstream[:3]
+    if ready is None or g_loss is None or g_recon is not None or g_kl is not None:
         return None
     ctx.ready = None
     scale = g_loss.item()
@@ -80,22 +101,23 @@ def _take_ready(ctx: Any, upstream: Sequence[Tensor | None]) -> Gradients | None
     return ready
 
 
-def _reference_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _reference_backward(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """All gradients by the reference's formula: differentiable again, and with respect to every input."""
     create_graph = torch.is_grad_enabled()
-    saved = _saved(ctx)
+    _, spec, extents, _ = ctx.call
+    saved: list[Any] = list(_inputs(ctx))
     wanted = [i for i in range(8) if ctx.needs_input_grad[i]]
     for i in wanted:
         # an alias, since x_hat may itself depend on mu: partial derivatives are asked for
         saved[i] = saved[i].view_as(saved[i]) if create_graph else saved[i].detach().requires_grad_()
     with torch.enable_grad():
-        outputs = reference.forward(Inputs(*saved), ctx.spec, ctx.extents)
+        outputs = reference.forward(Inputs(*saved), spec, extents)
         pairs = [
             (o, g.reshape(o.shape))
             for o, g in zip(outputs, upstream, strict=True)
             if o is not None and g is not None and o.requires_grad
         ]
-        gradients: list[Tensor | None] = [None] * 12
+        gradients: list[Tensor | None] = [None] * 9
         if pairs:
             found = torch.autograd.grad(
                 [o for o, _ in pairs],

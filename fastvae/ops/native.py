@@ -90,7 +90,9 @@ class _Call:
         loss = recon = kl = z = kl_rows = None
         if self.spec.likelihood:
             shape = (batch,) if self.spec.per_sample else ()
-            loss, recon, kl = (torch.empty(shape, dtype=self.dtype) for _ in range(3))
+            loss = torch.empty(shape, dtype=self.dtype)
+            if self.spec.terms:
+                recon, kl = torch.empty_like(loss), torch.empty_like(loss)
         if self.spec.sample and mu is not None:
             z = torch.empty(mu.shape if samples == 1 else (samples, *mu.shape), dtype=mu.dtype)
             kl_rows = torch.empty(batch, dtype=self.dtype)
@@ -102,7 +104,11 @@ class _Call:
         inputs = self.inputs
 
         def like(needed: bool, tensor: Any, dtype: torch.dtype | None = None) -> Tensor | None:
-            return torch.empty(tensor.shape, dtype=dtype or tensor.dtype) if needed else None
+            if not needed:
+                return None
+            if tensor.is_contiguous():  # twice as fast, where every microsecond counts
+                return torch.empty_like(tensor, dtype=dtype)
+            return torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
 
         return Gradients(
             like(needs.x_hat, inputs.x_hat),

@@ -76,7 +76,9 @@ def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     loss = recon = kl_term = z = kl_rows = None
     if reconstructs:
         shape = (batch,) if spec.per_sample else ()
-        loss, recon, kl_term = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3))
+        loss = torch.empty(shape, dtype=torch.float32, device=device)
+        if spec.terms:
+            recon, kl_term = torch.empty_like(loss), torch.empty_like(loss)
     if spec.sample:
         mu = inputs.mu
         assert mu is not None

@@ -50,6 +50,7 @@ class Spec:
     given, sampling if `sample` is set. `likelihood` is that of `elbo`, or "probabilities": Bernoulli with
     x_hat its probabilities. `free_bits` is a floor of the KL in the loss: of each of its elements where an
     implementation sees it, and of each latent's mean before `ops.totals` has turned that into a beta.
+    Without `terms` an implementation may leave out recon and kl, and give the loss alone.
     """
 
     likelihood: Likelihood | Literal["probabilities"] | None = None
@@ -64,6 +65,7 @@ class Spec:
     free_bits: float | None = None
     free_bits_form: FreeBitsForm = "element"
     scale_form: ScaleForm = "scalar"
+    terms: bool = True
 
     @property
     def per_sample(self) -> bool:

@@ -36,6 +36,8 @@ CASES = {
     "half": Case(half=True, recon_reduction="sum", kl_reduction="mean"),
     "mean": Case(recon_reduction="mean", kl_reduction="sum", beta=0.3),
     "none": Case(recon_reduction="none", kl_reduction="none", weighted=True, upstream="strided"),
+    "loss alone": Case(terms=False),
+    "loss alone, none": Case(terms=False, recon_reduction="none", kl_reduction="none", features=4099),
     "weights": Case(weighted=True, beta=2.5),
     "beta tensor": Case(beta="scalar", weighted=True, upstream="loss"),
     "beta by latent": Case(beta="latents", weighted=True),
@@ -277,6 +279,24 @@ def test_a_scale_without_a_reciprocal_makes_no_nan(likelihood: str) -> None:
     gradient = launcher.backward(inputs, spec, extents, upstream, needs).x_hat
     assert gradient is not None
     assert not gradient.any()
+
+
+def test_rows_may_lie_further_apart_than_2_31_elements() -> None:
+    """row * stride beyond 32 bits, where each factor fits: the memory between the rows is never touched."""
+    stride = 2**30 + 64
+    memory = torch.empty(2 * stride + 16, dtype=UINT8, device=DEVICE)
+    x = memory.as_strided((3, 16), (stride, 1))
+    x.fill_(0)
+    x[2] = 255
+    inputs = Inputs(torch.zeros(3, 16, device=DEVICE), x, kl=torch.zeros(3, device=DEVICE))
+    spec, extents = Spec("mse", "none", "none"), Extents(1, 3, 16, 1)
+    recon = launcher.forward(inputs, spec, extents).recon
+    assert recon is not None
+    assert recon.tolist() == [0, 0, 16]
+    upstream, needs = Forward(torch.ones(3, device=DEVICE)), Needs(True, False, False, False, False)
+    gradient = launcher.backward(inputs, spec, extents, upstream, needs).x_hat
+    assert gradient is not None
+    assert gradient.sum(1).tolist() == [0, 0, -32]
 
 
 @pytest.mark.parametrize(("batch", "latents"), [(0, 3), (5, 1), (70, 300), (1300, 20)])
