@@ -1,3 +1,4 @@
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -118,6 +119,28 @@ std::array<std::uint32_t, 4> philox_block(
     return {words.w[0][0], words.w[1][0], words.w[2][0], words.w[3][0]};
 }
 
+using WordArray = py::array_t<std::uint32_t, py::array::c_style>;
+
+std::pair<py::array_t<float>, py::array_t<float>> box_muller_arrays(const WordArray& radius, const WordArray& angle) {
+    const py::ssize_t n = radius.size();
+    if (angle.size() != n)
+        throw std::invalid_argument(
+            "angle_words: got " + std::to_string(angle.size()) + " words, expected " + std::to_string(n)
+            + " as in radius_words");
+    py::array_t<float> cosine(n), sine(n);
+    for (py::ssize_t i = 0; i < n; i += 16) {
+        const auto take = static_cast<std::size_t>(std::min<py::ssize_t>(16, n - i)) * sizeof(float);
+        u32x16 radius_word = {}, angle_word = {};
+        std::memcpy(&radius_word, radius.data() + i, take);
+        std::memcpy(&angle_word, angle.data() + i, take);
+        f32x16 c, s;
+        box_muller(radius_word, angle_word, c, s);
+        std::memcpy(cosine.mutable_data() + i, &c, take);
+        std::memcpy(sine.mutable_data() + i, &s, take);
+    }
+    return {cosine, sine};
+}
+
 }  // namespace
 
 void bind_elbo(py::module_& m) {
@@ -132,6 +155,9 @@ void bind_elbo(py::module_& m) {
     m.def(
         "philox", &philox_block, py::arg("counter"), py::arg("key"),
         "The four words of one block of Philox4x32-10, as the operators use it.");
+    m.def(
+        "box_muller", &box_muller_arrays, py::arg("radius_words"), py::arg("angle_words"),
+        "Two float32 arrays of normals, (r cos, r sin), from two uint32 arrays of words, as the operators do it.");
     m.def(
         "instruction_sets",
         [] {

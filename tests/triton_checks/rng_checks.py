@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -75,6 +76,26 @@ def test_box_muller_over_the_whole_range() -> None:
     assert (cos - expected[0]).abs().max() <= TOLERANCE
     assert (sin - expected[1]).abs().max() <= TOLERANCE
     assert torch.maximum(cos.abs(), sin.abs()).max() > 6.7
+
+
+def test_box_muller_word_by_word() -> None:
+    """Radii at both ends and at powers of two, and angles around each eighth of a turn, against float64."""
+    powers = torch.tensor([2**k + step for k in range(1, 32) for step in (-1, 0, 1)])
+    words = torch.cat([torch.arange(2**14), powers, torch.arange(2**32 - 2**14, 2**32)]).unique()
+    turns = (torch.arange(9)[:, None] * 2**29 + torch.arange(-(2**10), 2**10)).flatten()
+    angles = torch.cat([turns.clamp(0, 2**32 - 1), powers])
+    # the radii at angle 0, then the angles at the largest radius
+    n, r, a = 1 << 16, len(words), len(angles)
+    radius_words, angle_words = torch.zeros(2, n, dtype=torch.int64)
+    radius_words[:r], angle_words[r : r + a] = words, angles
+    cos, sin = torch.empty(2, n, device=DEVICE)
+    _box_muller_kernel[(1,)](radius_words.to(DEVICE), angle_words.to(DEVICE), cos, sin, n)
+    u = (radius_words.float().double() * 2.0**-32 + 2.0**-33).float().double()
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * (angle_words.double() + 0.5) * 2.0**-32
+    assert (cos.cpu() - radius * angle.cos()).abs().max() <= TOLERANCE
+    assert (sin.cpu() - radius * angle.sin()).abs().max() <= TOLERANCE
+    assert (cos[:r].diff() <= 1e-6).all()  # falling, but for the last bits of a GPU's approximate root
+    assert cos[0].item() == pytest.approx(math.sqrt(66 * math.log(2)), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(
