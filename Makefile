@@ -7,13 +7,16 @@ ARGS ?=
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml CMakeLists.txt constraints.txt $(shell find fastvae kernels csrc -type f -not -name '*.pyc')
 
-.PHONY: train test bench lint clean
+.PHONY: train test integration bench lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastvae train --amp $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/pytest $(ARGS)
+
+integration: $(VENV)/.installed-test,integration
+	$(BIN)/pytest -m integration $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/pytest bench $(ARGS)
