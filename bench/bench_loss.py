@@ -1,23 +1,34 @@
 """The drop-in loss against what people write: the loss alone, and with the gradients of x_hat, mu, logvar.
 
-x_hat, mu and logvar are no leaves, as in real training, where a decoder and an encoder made them.
+x_hat, mu and logvar are no leaves, as in real training, where a decoder and an encoder made them. With the
+gradients, memory is what one call takes beyond its inputs, and bandwidth counts the bytes that must move: of
+tensors of x_hat's size, x_hat and x are read and the gradient is written, 3 passes, where the gradient is
+made in the forward (the drop-in loss on a CPU, and the path without autograd); elsewhere the backward reads
+the two again: 5. The copy beside it, 2 passes, is of x_hat into memory that has been touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import memory_peak
 from torch import Tensor
 
 import fastvae
+from fastvae.ops.types import Extents, Inputs, Needs, Spec
 
+Shape = tuple[int, int, int]
 SHAPES = [(128, 784, 20), (1024, 784, 64), (256, 12288, 128), (64, 196608, 4096)]
+# x_hat of 256 MiB: beyond any cache of a GPU
+LARGE = {torch.float32: (1024, 65536, 128), torch.bfloat16: (2048, 65536, 128)}
 ROUNDS = 15
 ROUND_SECONDS = 0.03
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+SECONDS_PER_ELEMENT = {"cpu": 1e-9, "cuda": 2e-11}
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -43,18 +54,40 @@ def repeated(call: Callable[[], object], calls: int, device: str) -> Callable[[]
     return run
 
 
+def kernels_of(device: str) -> ModuleType:
+    if device == "cpu":
+        from fastvae.ops import native as kernels
+    else:
+        from fastvae.ops import triton as kernels
+    return kernels
+
+
+def cases() -> list[tuple[str, torch.dtype, Shape, bool]]:
+    """(device, dtype, shape, gradient): on a GPU also what exceeds its caches, and bfloat16."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = [(d, f32, shape, gradient) for d in devices for shape in SHAPES for gradient in (False, True)]
+    if "cuda" in devices:
+        found += [("cuda", f32, LARGE[f32], True), ("cuda", bf16, SHAPES[1], True)]
+        found += [("cuda", bf16, LARGE[bf16], True)]
+    return found
+
+
+def label(value: object) -> str:
+    if isinstance(value, bool):
+        return "gradient" if value else "forward"
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*", "ignore:The .grad attribute:UserWarning")
-@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype", "shape", "gradient"), cases(), ids=label)
 def test_bench_loss(
-    compare: Callable[..., None], device: str, shape: tuple[int, int, int], gradient: bool
+    compare: Callable[..., None], device: str, dtype: torch.dtype, shape: Shape, gradient: bool
 ) -> None:
     batch, features, latents = shape
-    x = torch.rand(batch, features, device=device)
-    leaves = [
-        torch.rand(batch, n, device=device, requires_grad=gradient) for n in (features, latents, latents)
-    ]
+    like = {"dtype": dtype, "device": device}
+    x = torch.rand(batch, features, **like)
+    leaves = [torch.rand(batch, n, **like, requires_grad=gradient) for n in (features, latents, latents)]
     x_hat, mu, logvar = (leaf * 1.0 for leaf in leaves)
     torch.compiler.reset()
     losses: dict[str, Loss] = {
@@ -63,20 +96,45 @@ def test_bench_loss(
         "eager, F.mse_loss(sum)": mse_loss,
         "torch.compile, by hand": torch.compile(by_hand, dynamic=False),
     }
+    expected = by_hand(x_hat.double(), x.double(), mu.double(), logvar.double())
+    for name, loss in losses.items():
+        # what people write has sums in bfloat16 there
+        rtol = 1e-5 if name == "fastvae" or dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(loss(x_hat, x, mu, logvar).double(), expected, rtol=rtol, atol=0)
 
-    def call(loss: Loss) -> Callable[[], object]:
+    def operation(loss: Loss) -> Callable[[], object]:
         if not gradient:
             return lambda: loss(x_hat, x, mu, logvar)
         return lambda: torch.autograd.grad(loss(x_hat, x, mu, logvar), (x_hat, mu, logvar))
 
-    expected = by_hand(x_hat.double(), x.double(), mu.double(), logvar.double())
-    for loss in losses.values():
-        torch.testing.assert_close(loss(x_hat, x, mu, logvar).double(), expected, rtol=1e-5, atol=0)
+    operations = {name: operation(loss) for name, loss in losses.items()}
+    memory = traffic = None
+    if gradient:
+        kernels, size = kernels_of(device), x_hat.nbytes
+        traffic = {"fastvae": 5 * size, "copy": 2 * size}
+        if kernels.GRADIENTS_IN_FORWARD:
+            inputs = Inputs(*(t.detach() for t in (x_hat, x, mu, logvar)))
+            needs = Needs(True, True, True, False, False)  # of x_hat, mu and logvar
+            without_autograd = partial(
+                kernels.forward_and_gradients, inputs, Spec("mse"), Extents(1, *shape), needs
+            )
+            values, gradients = without_autograd()
+            torch.testing.assert_close(values.loss.double(), expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(gradients.x_hat, 2 / batch * (x_hat - x))
+            ours = {"fastvae": operations["fastvae"], "fastvae, without autograd": without_autograd}
+            operations = ours | operations
+            traffic |= dict.fromkeys(ours, 3 * size)
+        memory = {name: memory_peak(call, device) for name, call in operations.items()}
+        source, target = x_hat.detach(), torch.zeros_like(x_hat)
+        operations["copy"] = lambda: target.copy_(source)
     # about as long a round for every shape
-    calls = max(1, round(ROUND_SECONDS / (2e-4 + 1e-9 * batch * features)))
+    calls = max(1, round(ROUND_SECONDS / (2e-4 + SECONDS_PER_ELEMENT[device] * batch * features)))
+    suffix = "" if dtype == torch.float32 else f", {str(dtype)[6:]}"
     compare(
-        f"loss{' and gradient' if gradient else ''} (B, D, Z) = {shape} on {device}",
-        {name: repeated(call(loss), calls, device) for name, loss in losses.items()},
+        f"loss{' and gradient' if gradient else ''} (B, D, Z) = {shape} on {device}{suffix}",
+        {name: repeated(call, calls, device) for name, call in operations.items()},
         rounds=ROUNDS,
         calls=calls,
+        memory=memory,
+        traffic=traffic,
     )

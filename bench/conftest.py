@@ -36,10 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
-    """compare(title, callables, rounds=, ...): time callables in turn; the first is fastvae's.
+    """compare(title, callables, rounds=, ...): time callables in turn.
 
-    `calls` is how many operations one call makes, for the time of one; `samples` how many data it handles,
-    for a rate.
+    Those whose names begin with "fastvae" are not opponents; ratios are to the first of them. `calls` is how
+    many operations one call makes, for the time of one; `samples` how many data it handles, for a rate.
+    `memory` is the peak of each operation in bytes. Of `traffic`, bytes that an operation has to move, "copy"
+    names a plain copy: it is timed in turn too, and the others are given as shares of its bandwidth.
     """
 
     def run(
@@ -49,10 +51,16 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
         rounds: int,
         calls: int = 1,
         samples: int | None = None,
+        memory: dict[str, int] | None = None,
+        traffic: dict[str, int] | None = None,
     ) -> None:
         runs = interleaved(callables, rounds)
         seconds = {name: [t / calls for t in times] for name, times in runs.items()}
-        ours, *opponents = seconds
+        bandwidth = {name: n / median(seconds[name]) for name, n in (traffic or {}).items()}
+        copy = bandwidth.pop("copy", None)
+        seconds.pop("copy", None)
+        ours = next(iter(seconds))
+        opponents = [name for name in seconds if not name.startswith("fastvae")]
         row = {
             "title": title,
             "samples": samples,
@@ -61,6 +69,11 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
             "ratio": {name: ratio(seconds[name], seconds[ours]) for name in opponents},
             "rounds": rounds,
         }
+        if memory:
+            row["memory_bytes"] = memory
+        if copy:
+            row["copy_bytes_per_s"] = copy
+            row["share_of_copy"] = {name: rate / copy for name, rate in bandwidth.items()}
         request.config.stash[ROWS].append(row)
         benchmark.extra_info.update(row)
         benchmark.pedantic(callables[ours], rounds=3)
@@ -74,10 +87,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("ratios: how many times as fast fastvae is (medians of runs in turn)")
     for row in rows:
-        ours, *opponents = row["median_s"]
-        terminalreporter.write_line(f"{row['title']}: {_show(row, ours)}")
-        for name in opponents:
-            terminalreporter.write_line(f"  {row['ratio'][name]:6.2f} x  {name:36s} {_show(row, name)}")
+        copy = f"; a copy moves {row['copy_bytes_per_s'] / 1e9:.1f} GB/s" if "copy_bytes_per_s" in row else ""
+        terminalreporter.write_line(f"{row['title']}{copy}")
+        for name in row["median_s"]:
+            ratio = f"{row['ratio'][name]:6.2f} x" if name in row["ratio"] else " " * 8
+            terminalreporter.write_line(f"  {ratio}  {name:39s} {_show(row, name)}")
     path: Path = config.getoption("--results")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**_environment(), "rows": rows}, indent=2) + "\n")
@@ -86,13 +100,19 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _show(row: dict[str, Any], name: str) -> str:
     seconds, relative = row["median_s"][name], row["spread"][name]
-    if row["samples"] is None:
-        return f"{seconds * 1e6:10.1f} us  +-{relative:4.0%}"
-    return f"{row['samples'] / seconds:12,.0f} samples/s  +-{relative:4.0%}"
+    if row["samples"] is not None:
+        return f"{row['samples'] / seconds:12,.0f} samples/s  +-{relative:4.0%}"
+    shown = f"{seconds * 1e6:10.1f} us  +-{relative:4.0%}"
+    if "memory_bytes" in row:
+        shown += f"  {row['memory_bytes'][name] / 2**20:8.1f} MiB"
+    if name in row.get("share_of_copy", {}):
+        shown += f"  {row['share_of_copy'][name]:4.0%} of a copy's bandwidth"
+    return shown
 
 
 def _environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    head, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+    commit = subprocess.run(head, cwd=here, capture_output=True, text=True, check=False)
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

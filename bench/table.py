@@ -8,27 +8,49 @@ from __future__ import annotations
 import json
 import math
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: what was done, fastvae's median, and how many times as long each opponent took."""
-    lines = ["| | fastvae | opponent | times as fast |", "|---|---|---|---|"]
-    for row in results["rows"]:
-        ours, *opponents = row["median_s"]
-        for i, name in enumerate(opponents):
-            title, figure = ("", "") if i else (row["title"], figure_of(row, ours))
-            lines.append(f"| {title} | {figure} | {name} | {row['ratio'][name]:.1f} |")
-    return "\n".join(lines)
+    """Markdown: what was done, fastvae's medians, how many times as long each opponent took.
+
+    Where memory was measured, the peaks of fastvae and of the opponent beside it, in MiB.
+    """
+    rows = results["rows"]
+    columns = ["fastvae", "opponent", "times as fast"]
+    if with_memory := any("memory_bytes" in row for row in rows):
+        columns.append("MiB: fastvae, opponent")
+    lines = []
+    for row in rows:
+        ours = [figure_of(row, name) for name in row["median_s"] if name not in row["ratio"]]
+        for i, (figure, name) in enumerate(zip_longest(ours, row["ratio"], fillvalue="")):
+            line = [row["title"] if i == 0 else "", figure, name, f"{row['ratio'][name]:.1f}"]
+            if with_memory:
+                line.append(memory_of(row, name))
+            lines.append(line)
+    header = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join([*header, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def figure_of(row: dict[str, Any], name: str) -> str:
-    """The median as a rate, or as a time."""
+    """The median as a rate, or as a time and its share of a copy's bandwidth."""
     seconds = row["median_s"][name]
     if row["samples"] is not None:
         return f"{row['samples'] / seconds:,.0f} samples/s"
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+    figure = f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+    path = name.partition(", ")[2]
+    share = f"{row['share_of_copy'][name]:.0%} of copy" if name in row.get("share_of_copy", {}) else ""
+    return ", ".join(filter(None, [f"{figure} {path}".strip(), share]))
+
+
+def memory_of(row: dict[str, Any], opponent: str) -> str:
+    """The peaks of fastvae's first path and of the opponent, in MiB."""
+    if "memory_bytes" not in row:
+        return ""
+    ours = next(iter(row["memory_bytes"].values()))
+    return f"{ours / 2**20:.1f}, {row['memory_bytes'][opponent] / 2**20:.1f}"
 
 
 def geometric_mean(results: dict[str, Any], prefix: str, opponent: str) -> float:

@@ -1,4 +1,4 @@
-"""Timing of opponents in turn: machines drift, so that only what ran side by side can be compared."""
+"""Time and memory of opponents. They run in turn: machines drift, and only neighbours can be compared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 SETTLE_SECONDS = 0.02
 
@@ -42,3 +43,20 @@ def spread(seconds: list[float]) -> float:
 def ratio(opponent: list[float], ours: list[float]) -> float:
     """How many times faster ours is: the ratio of the medians."""
     return median(opponent) / median(ours)
+
+
+def memory_peak(call: Callable[[], object], device: str) -> int:
+    """Bytes that torch's allocator holds at the most during one warm call, beyond what it held before."""
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return int(np.cumsum([0, *(event.nbytes() for event in changes)]).max())
