@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data import DataLoader
+    from .distributions import DiagonalGaussian
     from .loss import ELBOLoss
     from .models import VAE, load
     from .ops import ELBOTerms, elbo, fused_elbo, reparameterize, sample_and_kl
@@ -19,6 +20,7 @@ __version__ = version("fastvae")
 __all__ = [
     "VAE",
     "DataLoader",
+    "DiagonalGaussian",
     "ELBOLoss",
     "ELBOTerms",
     "Trainer",
@@ -32,6 +34,7 @@ __all__ = [
 _HOMES = {
     "VAE": ".models",
     "DataLoader": ".data",
+    "DiagonalGaussian": ".distributions",
     "ELBOLoss": ".loss",
     "Trainer": ".training.trainer",
     "load": ".models",
