@@ -3,10 +3,6 @@
 #include <span>
 #include <utility>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace fastvae {
 
 #if defined(__x86_64__)
@@ -128,17 +124,6 @@ private:
     const Partials& partials;
 };
 
-// Ask for huge pages under a large new output: its page faults would cost more than its arithmetic.
-void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t huge = 2u << 20;
-    const auto begin = (reinterpret_cast<std::uintptr_t>(data) + huge - 1) / huge * huge;
-    const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / huge * huge;
-    // advice only: where it is refused, the pages are small
-    if (data && bytes >= 2 * huge && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 std::size_t item_size(DType dtype) {
     switch (dtype) {
         case DType::float32: return 4;
@@ -150,9 +135,19 @@ std::size_t item_size(DType dtype) {
     return 0;
 }
 
+// Whether the gradient of x_hat is better stored past the cache: with x_hat and x it would not fit into it, and
+// every row begins where a vector may.
+bool streams(const Elbo& call, std::size_t bytes) {
+    // cores that share a last level of cache commonly have this much of it
+    constexpr std::size_t cache = 32u << 20, vector = 64;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(call.g_x_hat) % vector == 0
+        && static_cast<std::size_t>(call.features) * item_size(call.x_hat.dtype) % vector == 0;
+    return call.g_x_hat && aligned && call.x_hat.dtype == DType::float32 && !call.real64 && 3 * bytes > cache;
+}
+
 }  // namespace
 
-void run(const Elbo& call, const InstructionSet& isa) {
+void run(Elbo call, const InstructionSet& isa) {
     const bool recon = call.likelihood != Likelihood::none && (call.loss || call.g_log_variance);
     const bool kl = call.mu.data && (call.loss || call.kl_rows);
     const bool weighted_kl = kl && (call.beta_latents || call.floor);
@@ -166,8 +161,8 @@ void run(const Elbo& call, const InstructionSet& isa) {
     if (recon) partials.recon = std::exchange(next, next + recon_parts);
     if (kl) partials.kl = std::exchange(next, next + latent_parts);
     if (weighted_kl) partials.weighted_kl = next;
-    use_huge_pages(
-        call.g_x_hat, rows * static_cast<std::size_t>(call.samples * call.features) * item_size(call.x_hat.dtype));
+    const auto bytes = rows * static_cast<std::size_t>(call.samples * call.features) * item_size(call.x_hat.dtype);
+    call.stream = streams(call, bytes);
     isa.kernel(call, partials);
     if (call.real64)
         Sums<double>(call, partials).write();

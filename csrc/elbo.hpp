@@ -29,6 +29,7 @@ struct Elbo {
     bool real64 = false;
     std::int64_t samples = 1, batch = 0, features = 0, latents = 0;
     int threads = 1;
+    bool stream = false;  // the gradient of x_hat past the cache, where it would not stay in it
 
     Likelihood likelihood = Likelihood::none;
     bool half = false, per_sample = false, clamp = false, floor = false;
@@ -85,7 +86,7 @@ struct InstructionSet {
 const std::vector<InstructionSet>& instruction_sets();
 
 // Compute one call. The result does not depend on `threads` or on the instruction set.
-void run(const Elbo& call, const InstructionSet& isa);
+void run(Elbo call, const InstructionSet& isa);
 
 // Whether this CPU multiplies bfloat16 matrices natively (AVX512_BF16 or AMX).
 bool bf16_supported();

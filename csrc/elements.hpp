@@ -81,11 +81,17 @@ void narrow_row(const R* from, std::int64_t n, T* to) {
 template <class R>
 constexpr DType dtype_of = sizeof(R) == 4 ? DType::float32 : DType::float64;
 
+// Whether rows can be read where they are.
+template <class R>
+bool in_place(const View& view) {
+    return view.dtype == dtype_of<R> && view.column == 1;
+}
+
 // Elements [first, first + n) of a row, in place where they can be, else converted into `buffer`.
 template <class R>
 const R* read_row(const View& view, std::int64_t k, std::int64_t b, std::int64_t first, std::int64_t n, R* buffer) {
     const std::int64_t at = k * view.sample + b * view.row + first * view.column;
-    if (view.dtype == dtype_of<R> && view.column == 1) return static_cast<const R*>(view.data) + at;
+    if (in_place<R>(view)) return static_cast<const R*>(view.data) + at;
     switch (view.dtype) {
         case DType::float32: widen_row(static_cast<const float*>(view.data) + at, view.column, n, buffer); break;
         case DType::float64: widen_row(static_cast<const double*>(view.data) + at, view.column, n, buffer); break;

@@ -5,6 +5,7 @@
 PYBIND11_MODULE(_native, m) {
     m.doc() = "fastvae's native code: the data loader, and for CPU tensors the ELBO operators and Adam.";
     fastvae::bind_adam(m);
+    fastvae::bind_buffers(m);
     fastvae::bind_elbo(m);
     fastvae::bind_loader(m);
 }

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 namespace fastvae {
 namespace {
 
@@ -54,6 +58,26 @@ inline void store(R* p, const Vec<R>& v) {
     std::memcpy(p, &v, sizeof(v));
 }
 
+// Store past the cache; p is aligned to the vector.
+inline void stream(float* p, const f32x16& v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, bit_cast<__m512>(v));
+#elif defined(__SSE__)
+    __m128 parts[4];
+    std::memcpy(parts, &v, sizeof(v));
+    for (int i = 0; i < 4; ++i) _mm_stream_ps(p + 4 * i, parts[i]);
+#else
+    store(p, v);
+#endif
+}
+
+// After `stream`, before another thread reads.
+inline void end_streams() {
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
+}
+
 // 0, 1, 2, ...
 template <class R>
 inline Vec<R> lane_index() {
@@ -62,12 +86,14 @@ inline Vec<R> lane_index() {
     return v;
 }
 
-// Sum of the lanes in a fixed order.
+// Sum of the lanes in a fixed order: halves onto halves, since one after another each would wait for the last.
 template <class R>
 inline double sum_lanes(const Vec<R>& v) {
-    double total = 0;
-    for (int i = 0; i < Lanes<R>::count; ++i) total += static_cast<double>(v[i]);
-    return total;
+    double lanes[Lanes<R>::count];
+    for (int i = 0; i < Lanes<R>::count; ++i) lanes[i] = static_cast<double>(v[i]);
+    for (int half = Lanes<R>::count / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
 
 // exp by Cody and Waite's reduction and the Cephes polynomial: about one unit in the last place, inf above

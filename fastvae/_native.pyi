@@ -30,6 +30,14 @@ def elbo(
     gradients: Sequence[int],
     instruction_set: str | None = None,
 ) -> None: ...
+
+class Buffer:
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class MemoryPool:
+    def __init__(self) -> None: ...
+    def take(self, bytes: int) -> Buffer: ...
+
 def adam(
     parts: Sequence[tuple[int, int, int, int, int, int, int, int]],
     step: int,

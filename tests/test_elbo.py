@@ -516,3 +516,34 @@ def test_module_matches_function_and_learns_its_variance() -> None:
     mse = ((tensors[0] - tensors[1]) ** 2).mean()
     torch.testing.assert_close(s.exp(), mse, rtol=1e-3, atol=0)
     assert "likelihood='gaussian'" in repr(loss)
+
+
+def test_large_gradients_lie_in_memory_that_is_kept() -> None:
+    """The next gradient of this size takes the memory of the last one, and never that of one in use."""
+    x_hat, x, mu, logvar = inputs(16, 50_000, 2, torch.float32)
+    x_hat.requires_grad_()
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(fastvae.elbo(x_hat, x, mu, logvar).loss, x_hat)[0]
+
+    first, second = gradient(), gradient()
+    assert first.data_ptr() != second.data_ptr()
+    torch.testing.assert_close(first, 2 * (x_hat - x).detach() / 16)
+    assert not first._is_view()
+    address = second.data_ptr()
+    del second
+    assert gradient().data_ptr() == address
+    assert torch.equal(first, gradient())
+
+
+def test_memory_pool() -> None:
+    pool = _native.MemoryPool()
+    a = memoryview(pool.take(5 << 20))
+    a[-1] = 7
+    assert a.nbytes == 5 << 20
+    assert not a.readonly
+    del a
+    b = memoryview(pool.take(6 << 20))  # three huge pages, as before
+    assert b[(5 << 20) - 1] == 7
+    del b
+    assert memoryview(pool.take(1 << 20)).nbytes == 1 << 20

@@ -21,9 +21,13 @@ DTYPE_CODES = {
     torch.float16: 3,
     torch.uint8: 4,
 }
-_ONE_THREAD_BELOW = 1 << 16  # elements; waking a second thread costs more than it saves
+_ONE_THREAD_BELOW = 1 << 17  # elements; waking a second thread costs more than it saves
 
 _LIKELIHOOD_CODES = {None: 0, "mse": 1, "gaussian": 2, "bernoulli": 3}
+# Outputs of this many bytes lie in memory that is kept from call to call; smaller ones malloc keeps itself.
+_POOLED = 2 << 20
+_pool = _native.MemoryPool()
+
 _View = tuple[int, int, int, int, int] | None
 
 
@@ -106,6 +110,8 @@ class _Call:
         def like(needed: bool, tensor: Any, dtype: torch.dtype | None = None) -> Tensor | None:
             if not needed:
                 return None
+            if tensor.nbytes >= _POOLED:
+                return _pooled_like(tensor)
             if tensor.is_contiguous():  # twice as fast, where every microsecond counts
                 return torch.empty_like(tensor, dtype=dtype)
             return torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
@@ -179,6 +185,12 @@ class _Call:
         rows = tensor.to(self.dtype)
         self.alive.append(rows)
         return rows.data_ptr(), rows.stride(0) if rows.ndim else 0
+
+
+def _pooled_like(tensor: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor in pooled memory, no view of another."""
+    flat = torch.frombuffer(_pool.take(tensor.nbytes), dtype=tensor.dtype)
+    return torch.empty(0, dtype=tensor.dtype).set_(flat.untyped_storage(), 0, tensor.shape)  # type: ignore[call-overload, no-any-return]
 
 
 def _address(tensor: Tensor | None) -> int:
