@@ -27,8 +27,7 @@ SHAPES = [(128, 784, 20), (1024, 784, 64), (256, 12288, 128), (64, 196608, 4096)
 # x_hat of 256 MiB: beyond any cache of a GPU
 LARGE = {torch.float32: (1024, 65536, 128), torch.bfloat16: (2048, 65536, 128)}
 ROUNDS = 15
-ROUND_SECONDS = 0.03
-SECONDS_PER_ELEMENT = {"cpu": 1e-9, "cuda": 2e-11}
+TURN_SECONDS = 0.03
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -42,16 +41,6 @@ def by_hand(x_hat: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 def mse_loss(x_hat: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
     return (F.mse_loss(x_hat, x, reduction="sum") + kl) / x.shape[0]
-
-
-def repeated(call: Callable[[], object], calls: int, device: str) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(calls):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
 
 
 def kernels_of(device: str) -> ModuleType:
@@ -127,14 +116,13 @@ def test_bench_loss(
         memory = {name: memory_peak(call, device) for name, call in operations.items()}
         source, target = x_hat.detach(), torch.zeros_like(x_hat)
         operations["copy"] = lambda: target.copy_(source)
-    # about as long a round for every shape
-    calls = max(1, round(ROUND_SECONDS / (2e-4 + SECONDS_PER_ELEMENT[device] * batch * features)))
     suffix = "" if dtype == torch.float32 else f", {str(dtype)[6:]}"
     compare(
         f"loss{' and gradient' if gradient else ''} (B, D, Z) = {shape} on {device}{suffix}",
-        {name: repeated(call, calls, device) for name, call in operations.items()},
+        operations,
         rounds=ROUNDS,
-        calls=calls,
+        turn_seconds=TURN_SECONDS,
+        synchronize=torch.cuda.synchronize if device == "cuda" else lambda: None,
         memory=memory,
         traffic=traffic,
     )

@@ -36,26 +36,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
-    """compare(title, callables, rounds=, ...): time callables in turn.
+    """compare(title, callables, rounds=, ...): time callables in turn, as `timing.interleaved` says.
 
-    Those whose names begin with "fastvae" are not opponents; ratios are to the first of them. `calls` is how
-    many operations one call makes, for the time of one; `samples` how many data it handles, for a rate.
-    `memory` is the peak of each operation in bytes. Of `traffic`, bytes that an operation has to move, "copy"
-    names a plain copy: it is timed in turn too, and the others are given as shares of its bandwidth.
+    Those whose names begin with "fastvae" are not opponents; ratios are to the first of them. `samples` is
+    how many data a call handles, for a rate. `memory` is the peak of each operation in bytes. Of `traffic`,
+    bytes that an operation has to move, "copy" names a plain copy: it is timed in turn too, and the others
+    are given as shares of its bandwidth.
     """
 
     def run(
         title: str,
-        callables: dict[str, Callable[[], None]],
+        callables: dict[str, Callable[[], object]],
         *,
         rounds: int,
-        calls: int = 1,
+        turn_seconds: float = 0.0,
+        synchronize: Callable[[], None] = lambda: None,
         samples: int | None = None,
         memory: dict[str, int] | None = None,
         traffic: dict[str, int] | None = None,
     ) -> None:
-        runs = interleaved(callables, rounds)
-        seconds = {name: [t / calls for t in times] for name, times in runs.items()}
+        seconds = interleaved(callables, rounds, turn_seconds=turn_seconds, synchronize=synchronize)
         bandwidth = {name: n / median(seconds[name]) for name, n in (traffic or {}).items()}
         copy = bandwidth.pop("copy", None)
         seconds.pop("copy", None)

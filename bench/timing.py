@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import torch
 
+from fastvae.ops import native
+
 SETTLE_SECONDS = 0.02
 
 
-def interleaved(callables: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each callable in each of `rounds` rounds; a round runs them all once, in the order given.
+def interleaved(
+    callables: dict[str, Callable[[], object]],
+    rounds: int,
+    *,
+    turn_seconds: float = 0.0,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds a call of each callable in each of `rounds` rounds, in which all have a turn, in this order.
 
-    Every callable runs once before, untimed, so that caches, buffers and lazy things are there, and each
+    A turn is one call, or as many as take `turn_seconds`: all have the same time to find the caches as they
+    leave them. Every callable runs before, untimed, so that buffers and lazy things are there, and each turn
     begins after a pause: the OpenMP threads of the one before spin on for milliseconds after their last work.
     """
+
+    def turn(call: Callable[[], object], calls: int) -> float:
+        time.sleep(SETTLE_SECONDS)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize()
+        return (time.perf_counter() - start) / calls
+
     for call in callables.values():
         call()
+    calls = {
+        name: max(1, round(turn_seconds / median([turn(call, 1) for _ in range(3)])))
+        for name, call in callables.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     for _ in range(rounds):
         for name, call in callables.items():
-            time.sleep(SETTLE_SECONDS)
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(turn(call, calls[name]))
     return seconds
 
 
@@ -46,7 +67,10 @@ def ratio(opponent: list[float], ours: list[float]) -> float:
 
 
 def memory_peak(call: Callable[[], object], device: str) -> int:
-    """Bytes that torch's allocator holds at the most during one warm call, beyond what it held before."""
+    """Bytes that torch's allocator holds at the most during one warm call, beyond what it held before.
+
+    Memory that fastvae keeps in a pool of its own is asked of torch for this call, so that it is counted.
+    """
     call()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -55,7 +79,10 @@ def memory_peak(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with (
+        mock.patch.object(native, "_POOLED", sys.maxsize),
+        torch.autograd.profiler.profile(profile_memory=True) as profile,
+    ):
         call()
     changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())

@@ -16,12 +16,16 @@ def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents, kernels: ModuleType
     """Run the stages of `spec` on `kernels` (ops.native or ops.triton), differentiably."""
     if torch.compiler.is_compiling():
         return library.fused_elbo(inputs, spec, extents)
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and _requires_grad(inputs)):
         result: Forward = kernels.forward(inputs, spec, extents)
         return result
     *tensors, seed = inputs
     outputs = _FusedELBO.apply(*tensors, (seed, spec, extents, kernels))  # type: ignore[no-untyped-call]
     return Forward._make(outputs)
+
+
+def _requires_grad(inputs: Inputs) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
 class _FusedELBO(torch.autograd.Function):
