@@ -1,4 +1,4 @@
-"""The operators inside torch.compile(fullgraph=True): the same numbers, the same noise, no graph break."""
+"""The operators inside torch.compile(fullgraph=True) and torch.func: the same numbers, the same noise."""
 
 from __future__ import annotations
 
@@ -46,3 +46,28 @@ def test_compiled_is_eager(step: Callable[[nn.ModuleDict, Tensor], Tensor]) -> N
             results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_per_sample_gradients_by_torch_func() -> None:
+    x_hat, x, mu, logvar = torch.randn(5, 8), torch.rand(5, 8), torch.randn(5, 3), torch.randn(5, 3)
+
+    def of_one(h: Tensor, t: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        return fastvae.elbo(*(value[None] for value in (h, t, m, v)), reduction="sum").loss
+
+    gradients = torch.func.vmap(torch.func.grad(of_one, argnums=(0, 2, 3)))(x_hat, x, mu, logvar)
+    leaves = [t.requires_grad_() for t in (x_hat, mu, logvar)]
+    loss = fastvae.elbo(leaves[0], x, *leaves[1:], reduction="sum").loss
+    for got, expected in zip(gradients, torch.autograd.grad(loss, leaves), strict=True):
+        torch.testing.assert_close(got, expected)
+    z = torch.func.grad(lambda m: fastvae.reparameterize(m, logvar, seed=1).sum())(mu.detach())
+    torch.testing.assert_close(z, torch.ones_like(z))
+
+
+def test_a_kernel_by_name_inside_torch_func_says_why_not() -> None:
+    x = torch.rand(2, 3)
+
+    def loss(x_hat: Tensor) -> Tensor:
+        return fastvae.elbo(x_hat, x, kl=torch.zeros(2), impl="native").loss
+
+    with pytest.raises(RuntimeError, match=r"impl: got \"native\" inside a transform of torch\.func"):
+        torch.func.grad(loss)(x)

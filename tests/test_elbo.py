@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import assert_accurate, by_hand
+from timing import memory_peak
 from torch import Tensor
 
 import fastvae
@@ -547,3 +548,16 @@ def test_memory_pool() -> None:
     assert b[(5 << 20) - 1] == 7
     del b
     assert memoryview(pool.take(1 << 20)).nbytes == 1 << 20
+
+
+def test_memory_is_one_gradient_and_only_where_it_is_needed() -> None:
+    tensors = inputs(64, 4096, 8, torch.float32)
+    size, rest = tensors[0].nbytes, 64 * 1024  # the gradients of the latents, sums over rows
+    for wrt, bytes_ in (((), 0), ((2, 3), 0), ((0,), size), ((0, 2, 3), size)):
+        leaves = [t.clone().requires_grad_(i in wrt) for i, t in enumerate(tensors)]
+
+        def call(leaves: list[Tensor] = leaves, wrt: tuple[int, ...] = wrt) -> object:
+            loss = fastvae.elbo(*leaves).loss
+            return torch.autograd.grad(loss, [leaves[i] for i in wrt]) if wrt else loss
+
+        assert memory_peak(call, "cpu") <= bytes_ + rest

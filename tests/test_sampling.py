@@ -120,14 +120,20 @@ def test_value_and_gradient(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_gradient_of_logvar_uses_the_noise_itself(impl: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "logvar"), [(torch.float32, -40.0), (torch.bfloat16, -40.0), (torch.float16, -12.0)]
+)
+def test_gradient_of_logvar_uses_the_noise_itself(
+    impl: str, dtype: torch.dtype, logvar: float, seed: int
+) -> None:
     """sigma so small that z - mu rounds to zero: (z - mu) / sigma would give a gradient of zero."""
-    mu = torch.full((4, 8), 1e4)
-    logvar = torch.full((4, 8), -40.0, requires_grad=True)
+    mu = torch.full((4, 8), 1e4, dtype=dtype)
+    value, logvar = logvar, torch.full((4, 8), logvar, dtype=dtype, requires_grad=True)
     z = fastvae.reparameterize(mu, logvar, seed=seed, impl=impl)
     assert torch.equal(z, mu)
     (got,) = torch.autograd.grad(z.sum(), logvar)
-    torch.testing.assert_close(got, draw(impl, seed, 0, 0, 4, 8) * math.exp(-20) / 2)
+    expected = draw(impl, seed, 0, 0, 4, 8) * math.exp(value / 2) / 2
+    torch.testing.assert_close(got, expected.to(dtype))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -77,6 +77,13 @@ def seed_for(like: Tensor, generator: torch.Generator | None) -> Tensor:
 def _kernels(impl: Impl, inputs: Inputs, spec: Spec) -> ModuleType:
     """The module that runs on these inputs."""
     device = inputs.like.device
+    if torch._C._are_functorch_transforms_active():
+        if impl in ("auto", "reference"):
+            return reference
+        raise RuntimeError(
+            f'impl: got "{impl}" inside a transform of torch.func, which cannot look into a kernel; use '
+            'impl="auto", which takes plain torch there'
+        )
     if device.type == "cpu" and (impl == "auto" or impl == "native"):
         from . import native
 

@@ -120,16 +120,39 @@ def test_kl_over_magnitudes(spread: float) -> None:
     assert ((kl.double() - truth).abs() <= 1e-6 * truth).all()
 
 
-def test_hard_inputs_stay_finite_or_overflow_as_they_should() -> None:
-    logvar = torch.tensor([-100.0, 100.0, 88.0, -87.5, 0.0, 0.0], device=DEVICE)[:, None]
-    mu = torch.tensor([0.0, 0.0, 0.0, 1e4, -1e4, 1e30], device=DEVICE)[:, None]
-    z, kl = _sample_and_kl(mu, logvar)
-    truth = 0.5 * (mu.double() ** 2 + torch.exp(logvar.double()) - 1 - logvar.double())[:, 0]
-    held = truth.float()
-    assert torch.equal(kl.isinf(), held.isinf())
-    assert held.isinf().tolist() == [False, True, False, False, False, True]
-    assert (kl - held).abs()[held.isfinite()].max() <= 1e-6 * held[held.isfinite()].max()
-    assert z.isfinite().all()
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_hard_inputs(dtype: torch.dtype) -> None:
+    """KL and gradients from logvar -100 to 100, with |mu| to 1e4, and KL terms down to 1e-9."""
+    logvar = torch.cat([torch.linspace(-100, 100, 41), 10.0 ** torch.linspace(-4.2, 0, 23)])[:, None]
+    mu = (torch.linspace(-1e4, 1e4, 64)[:, None] * torch.tensor([0.0, 1.0]).repeat(32)[:, None]).to(
+        DEVICE, dtype
+    )
+    logvar = logvar.to(DEVICE, dtype)
+    spec, extents = Spec(sample=True), Extents(1, 64, 0, 1)
+    inputs = Inputs(mu=mu, logvar=logvar, seed=7)
+    values = launcher.forward(inputs, spec, extents)
+    assert values.z is not None
+    assert values.kl_rows is not None
+    m, v = mu.double()[:, 0], logvar.double()[:, 0]
+    series = v * v * (0.5 + v * (1 / 6 + v * (1 / 24 + v / 120)))
+    twice = m * m + torch.where(v.abs() < 1e-3, series, torch.expm1(v) - v)
+    overflows = twice.float().isinf()
+    assert torch.equal(values.kl_rows.isinf(), overflows)
+    truth = 0.5 * twice[~overflows]
+    assert ((values.kl_rows.double()[~overflows] - truth).abs() <= 1e-6 * truth).all()
+    assert not values.z.isnan().any()
+
+    upstream, needs = Forward(kl_rows=torch.ones(64, device=DEVICE)), Needs(False, True, True, False, False)
+    gradients = launcher.backward(inputs, spec, extents, upstream, needs)
+    assert gradients.mu is not None
+    assert gradients.logvar is not None
+    assert torch.equal(gradients.mu, mu)
+    held = (0.5 * torch.expm1(v).float()).to(dtype)
+    got, finite = gradients.logvar[:, 0], held.isfinite()
+    assert torch.equal(got.isinf(), held.isinf())
+    rtol = 2e-6 if dtype == FP32 else torch.finfo(dtype).eps
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(got[finite], held[finite], rtol=rtol, atol=step)
 
 
 @pytest.mark.parametrize("likelihood", ["mse", "gaussian", "bernoulli", "laplace", "probabilities"])
