@@ -29,6 +29,16 @@ def interleaved(
     begins after a pause: the OpenMP threads of the one before spin on for milliseconds after their last work.
     """
 
+    def calls_within(call: Callable[[], object]) -> int:
+        call()
+        synchronize()
+        start, calls = time.perf_counter(), 0
+        while calls == 0 or time.perf_counter() - start < turn_seconds:
+            call()
+            synchronize()
+            calls += 1
+        return calls
+
     def turn(call: Callable[[], object], calls: int) -> float:
         time.sleep(SETTLE_SECONDS)
         start = time.perf_counter()
@@ -37,12 +47,7 @@ def interleaved(
         synchronize()
         return (time.perf_counter() - start) / calls
 
-    for call in callables.values():
-        call()
-    calls = {
-        name: max(1, round(turn_seconds / median([turn(call, 1) for _ in range(3)])))
-        for name, call in callables.items()
-    }
+    calls = {name: calls_within(call) for name, call in callables.items()}
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     for _ in range(rounds):
         for name, call in callables.items():
