@@ -106,15 +106,17 @@ struct Batches::State {
         bool ready = false;
     };
 
-    State(const Table& table_, const Order& order_, std::int64_t batch_size_, std::int64_t n_batches_, int workers,
-          std::shared_ptr<BufferPool> pool_)
+    State(const Table& table_, const Order& order_, std::int64_t batch_size_, std::int64_t first_batch,
+          std::int64_t n_batches_, int workers, std::shared_ptr<BufferPool> pool_)
         : table(table_),
           order(order_),
           batch_size(batch_size_),
           n_batches(n_batches_),
           pool(std::move(pool_)),
           kernel(kernel_for(table_)),
-          slots(static_cast<std::size_t>(2 * workers + 1)) {}
+          slots(static_cast<std::size_t>(2 * workers + 1)),
+          claimed(first_batch),
+          delivered(first_batch) {}
 
     const Table table;
     const Order order;
@@ -126,8 +128,8 @@ struct Batches::State {
     std::mutex mutex;
     std::condition_variable room;  // the workers wait for a free slot
     std::vector<Slot> slots;       // batch k lies in slot k modulo their number
-    std::int64_t claimed = 0;
-    std::int64_t delivered = 0;
+    std::int64_t claimed;
+    std::int64_t delivered;
     bool stopping = false;
 
     std::mutex consumer;  // two Python threads may share an iterator
@@ -190,10 +192,10 @@ struct Batches::State {
     }
 };
 
-Batches::Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t n_batches, int workers,
-                 std::shared_ptr<BufferPool> pool)
+Batches::Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t first_batch,
+                 std::int64_t n_batches, int workers, std::shared_ptr<BufferPool> pool)
     : process_(getpid()),
-      state_(std::make_shared<State>(table, order, batch_size, n_batches, workers, std::move(pool))),
+      state_(std::make_shared<State>(table, order, batch_size, first_batch, n_batches, workers, std::move(pool))),
       threads_(std::make_unique<std::vector<std::thread>>()) {
     threads_->reserve(static_cast<std::size_t>(workers));
     try {
@@ -262,10 +264,10 @@ std::shared_ptr<BufferPool> Loader::make_pool() const {
     return std::make_shared<BufferPool>(bytes, static_cast<std::size_t>(3 * workers_ + 3));
 }
 
-std::unique_ptr<Batches> Loader::start(const Order& order) {
+std::unique_ptr<Batches> Loader::start(const Order& order, std::int64_t first_batch) {
     if (pool_->process() != getpid()) pool_ = make_pool();
-    const auto workers = static_cast<int>(std::min<std::int64_t>(workers_, n_batches_));
-    return std::make_unique<Batches>(table_, order, batch_size_, n_batches_, workers, pool_);
+    const auto workers = static_cast<int>(std::min<std::int64_t>(workers_, n_batches_ - first_batch));
+    return std::make_unique<Batches>(table_, order, batch_size_, first_batch, n_batches_, workers, pool_);
 }
 
 }  // namespace fastvae

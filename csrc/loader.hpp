@@ -63,12 +63,12 @@ struct Batch {
     std::int64_t size;
 };
 
-// One pass over the data. Batches come out in order, whoever made them: the workers, or the consumer itself,
+// One pass over the data, from batch `first_batch` on. Batches come out in order, whoever made them: the workers, or the consumer itself,
 // which never waits but makes what is not ready (with no workers, everything).
 class Batches {
 public:
-    Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t n_batches,
-            int workers, std::shared_ptr<BufferPool> pool);
+    Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t first_batch,
+            std::int64_t n_batches, int workers, std::shared_ptr<BufferPool> pool);
     ~Batches();
     Batches(const Batches&) = delete;
     Batches& operator=(const Batches&) = delete;
@@ -94,7 +94,7 @@ public:
 
     std::int64_t n_batches() const { return n_batches_; }
     const Table& table() const { return table_; }
-    std::unique_ptr<Batches> start(const Order& order);
+    std::unique_ptr<Batches> start(const Order& order, std::int64_t first_batch);
 
 private:
     std::shared_ptr<BufferPool> make_pool() const;

@@ -26,6 +26,7 @@ from fastvae.data import split
 from fastvae.inference.evaluate import evaluate
 from fastvae.inference.generate import reconstruct, sample
 from fastvae.inference.plots import save_reconstructions, save_samples
+from fastvae.training.checkpoint import load_checkpoint, without_prefix
 from fastvae.training.config import TrainConfig
 
 COMMAND = [sys.executable, "-m", "fastvae"]
@@ -75,7 +76,8 @@ def test_the_run_folder_is_complete(finished):
     run, _ = finished
     assert {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} == {
         "model.safetensors", "config.json", "train.toml", "metrics.jsonl", "summary.json",
-        "reconstructions.png", "samples.png", "checkpoints/last.safetensors", "checkpoints/best.safetensors",
+        "reconstructions.png", "samples.png", "checkpoints/best.safetensors",
+        "checkpoints/step-0000000377.safetensors", "checkpoints/step-0000000390.safetensors",
     }  # fmt: skip
 
 
@@ -270,7 +272,8 @@ def test_a_training_that_diverges(tmp_path, capsys):
     assert re.fullmatch(r"fastvae: error: the training loss is not finite in epoch 1, .*\n", err)
 
 
-def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_run_and_says_how_to_go_on(number, tmp_path):
     with subprocess.Popen(
         [*COMMAND, "train", "--data", "digits", "--epochs", "1000000", "--out", "run"],
         cwd=tmp_path,
@@ -282,12 +285,31 @@ def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
         for line in process.stdout:
             if line.startswith("epoch 2/"):
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert re.fullmatch(r"fastvae: interrupted; .* in run/checkpoints/last\.safetensors\n", err)
+    assert process.returncode == 128 + number
+    told = re.fullmatch(
+        r"fastvae: stopped by (SIGINT|SIGTERM) after step \d+; the checkpoint is (run/checkpoints/\S+); "
+        r"go on with: fastvae train --resume run\n",
+        err,
+    )
+    assert told
+    assert told[1] == number.name
+    checkpoint = load_checkpoint(tmp_path / told[2])
     model = VAE.from_config(json.loads((tmp_path / "run" / "config.json").read_text()))
-    model.load_state_dict(load_file(tmp_path / "run" / "checkpoints" / "last.safetensors"))
+    model.load_state_dict(without_prefix("model", checkpoint.tensors))
+    epochs = checkpoint.state["epoch"] + 1
+    resumed = subprocess.run(
+        [*COMMAND, "train", "--resume", "run", "--epochs", str(epochs)],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == epochs
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == list(range(1, epochs + 1))
 
 
 def test_a_live_bar_on_a_terminal(tmp_path):

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastvae import VAE, load
 from fastvae.models import ModelFilesError, save
-from fastvae.models.files import write_atomically
+from fastvae.models.files import write_json
 
 CONV_SHAPES = [(1, 8, 8), (1, 28, 20), (3, 64, 64), (1, 5, 7), (2, 1, 9), (1, 1, 1), (4, 3, 2)]
 
@@ -100,11 +100,12 @@ def test_load_of_no_folder(tmp_path):
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_atomically(path, b"before")
+    write_json(path, {"a": 1})
+    before = path.read_bytes()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"after")
-    assert path.read_bytes() == b"before"
+        write_json(path, {"a": 2})
+    assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 

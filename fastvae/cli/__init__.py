@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..training.config import ConfigError
+from ..training.signals import TrainingStopped
 from . import train
 
 
@@ -22,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, or 2 for bad input, 1 for a failed training, 130 for Ctrl-C."""
+    """Run a command; return 0, 2 for bad input, 1 for a failed training, 128 + the signal that ended one."""
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"fastvae: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
+    except TrainingStopped as stopped:
+        run = stopped.checkpoint.parent.parent
+        print(f"fastvae: {stopped}; go on with: fastvae train --resume {run}", file=sys.stderr)
+        return stopped.exit_status
     except Exception as error:
         # what fastvae raises on purpose has a class of its own; all else is a bug, and shows its traceback
         if not isinstance(error, OSError) and not type(error).__module__.startswith("fastvae."):

@@ -29,12 +29,19 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "train", help="train a VAE", description="Train a VAE and leave a run folder.", allow_abbrev=False
     )
-    parser.set_defaults(run=run, options=add_train_options(parser))
+    flags = add_train_options(parser)
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with the run in DIR from its newest checkpoint; its options hold, but for --epochs",
+    )
+    parser.set_defaults(run=run, options=[*flags, "--resume"])
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train as the command line says; nothing is written before every option and the data are checked."""
-    config = train_config(arguments)
+    resume = getattr(arguments, "resume", None) is not None
+    config = _options_of_run(arguments) if resume else train_config(arguments)
 
     import torch
 
@@ -42,11 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
     from ..inference.evaluate import evaluate
     from ..ops import resolve_impl
     from ..training.device import choose_device
-    from ..training.run_folder import CHECKPOINTS_NAME, check_run_folder
+    from ..training.run_folder import check_run_folder
     from ..training.trainer import Trainer
 
     if config.out is not None:
-        check_run_folder(Path(config.out), config.overwrite)
+        check_run_folder(Path(config.out), config.overwrite or resume)
     choose_device(config.device)
 
     data = resolve(config.data, config.download)
@@ -57,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     train, val, test = _loaders(config, data)
     torch.manual_seed(config.seed)
     model = _build_model(config, train.item_shape)
-    trainer = Trainer(model, train, val, config=config)
+    trainer = Trainer(model, train, val, config=config, resume=resume)
 
     impl, impl_reason = resolve_impl("auto", trainer.device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -68,10 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(f"device: {trainer.device} ({trainer.device_reason}), {amp_dtype} ({trainer.amp_reason})")
     print(f"operators: {impl} ({impl_reason})", flush=True)
-    try:
-        result = trainer.fit()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_what_is_left(out / CHECKPOINTS_NAME)}") from None
+    result = trainer.fit()
     test_terms = None if test is None else evaluate(model, test, seed=config.seed)
     summary = {
         **_losses(test_terms, result),
@@ -92,6 +96,24 @@ def run(arguments: argparse.Namespace) -> None:
         found = f"the latents are hardly used (KL {result.best['val_kl']:.2g} nats)"
         print(f"{found}: mse stands for a variance of 1/2; --likelihood gaussian learns one that fits")
     _print_end(summary, out)
+
+
+def _options_of_run(arguments: argparse.Namespace) -> TrainConfig:
+    """The options of the run that --resume names. Raises ConfigError where there is none."""
+    from ..training.run_folder import OPTIONS_NAME
+
+    folder = Path(arguments.resume)
+    given = {name: value for name, value in vars(arguments).items() if name in TrainConfig.model_fields}
+    others = sorted(given.keys() - {"epochs", "debug"})
+    if others:
+        expected = "the run's own options, and beside them only --epochs"
+        raise ConfigError("resume", f"given with --{others[0].replace('_', '-')}, expected {expected}")
+    options = folder / OPTIONS_NAME
+    if not options.is_file():
+        raise ConfigError(
+            "resume", f"got '{folder}', which has no {OPTIONS_NAME}; expected a run of fastvae train"
+        )
+    return TrainConfig.from_toml(options).replace(out=str(folder), **given)
 
 
 def _likelihood(config: TrainConfig, data: str) -> Literal["mse", "gaussian", "bernoulli"]:
@@ -201,10 +223,3 @@ def _print_end(summary: dict[str, Any], out: Path) -> None:
         )
     print(f"trained on {summary['samples_per_second']:,.0f} samples/s for {summary['seconds']:.1f} s")
     print(f"run: {out}")
-
-
-def _what_is_left(checkpoints: Path) -> str:
-    from ..training.checkpoint import LAST_NAME
-
-    last = checkpoints / LAST_NAME
-    return f"the weights of the last full epoch are in {last}" if last.exists() else "no epoch was full"

@@ -27,8 +27,8 @@ class DataLoader:
 
     Each `iter()` begins a pass, whose shuffled order is a pure function of (seed, epoch) whatever the machine
     or the number of threads. The first pass is epoch 0, and beginning a pass advances `epoch` by one for the
-    next; `set_epoch` says which epoch the next pass is. A pass ends its threads when it is dropped, as by
-    `break`. After a fork, begin a new pass in the child.
+    next; `set_epoch` says which epoch the next pass is, and where in it to begin. A pass ends its threads
+    when it is dropped, as by `break`. After a fork, begin a new pass in the child.
 
     source: a Source, an array or CPU tensor [N, ...], a pair (x, y), or a path (see `sources`).
     batch_size: samples a batch, at least 1.
@@ -57,7 +57,7 @@ class DataLoader:
         self.drop_last = bool(drop_last)
         self.num_workers = _workers(num_workers)
         self._source = as_source(source)
-        self._epoch = 0
+        self._epoch = self._first_batch = 0
         chosen = None if indices is None else _indices(indices)
         self._n_samples = self._source.n_samples if chosen is None else len(chosen)
         self._native = _native.Loader(
@@ -91,9 +91,14 @@ class DataLoader:
         """The epoch that the next pass will be."""
         return self._epoch
 
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass epoch `epoch`, at least 0; the one after it is epoch + 1."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Makes the next pass epoch `epoch`, at least 0; the one after it is epoch + 1.
+
+        The pass begins with batch `first_batch` of that epoch, from 0 to len(self), at once: a training that
+        is resumed in the middle of an epoch does not read what it has seen.
+        """
         self._epoch = _integer("epoch", epoch, 0, 2**62)
+        self._first_batch = _integer("first_batch", first_batch, 0, len(self))
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -101,7 +106,10 @@ class DataLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, self._epoch = self._epoch, self._epoch + 1
-        batches = self._native.start(seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        first_batch, self._first_batch = self._first_batch, 0
+        batches = self._native.start(
+            seed=self.seed, epoch=epoch, shuffle=self.shuffle, first_batch=first_batch
+        )
         return _labelled(batches) if self.has_labels else map(torch.from_numpy, batches)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +65,29 @@ def load(run: str | os.PathLike[str]) -> VAE:
     return model.eval()
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, all or nothing."""
+def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, all or nothing. Raises OSError where writing fails."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_atomically(path, safetensors.torch.save(on_cpu))
+    with replacing(path) as temporary:
+        try:
+            safetensors.torch.save_file(on_cpu, temporary, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(errno.EIO, f"could not be written: {error}", str(path)) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, all or nothing. Raises ValueError for NaN and inf, which JSON does not have."""
-    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that `path` holds either what it held or all of `content`, even after a crash."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then replaces `path`: that holds all of the old or all of the new, always."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

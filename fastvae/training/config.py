@@ -92,6 +92,11 @@ class TrainConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="makes the run repeatable")
     out: str | None = Field(None, description="run folder (default: runs/<data>-<model>-<time>)")
     overwrite: bool = Field(False, description="replace the run that is in --out")
+    checkpoint_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps from one checkpoint to the next (default: one at the end of each epoch)",
+    )
     download: bool = Field(False, description="fetch named data that is not on this machine")
     debug: bool = Field(False, description="show the traceback of an error")
 

@@ -5,6 +5,7 @@ Kingma and Ba 2015, "Adam"; Loshchilov and Hutter 2019, "Decoupled weight decay 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -33,6 +34,12 @@ class Optimizer(Protocol):
 
     def step(self) -> None:
         """Update the weights by their gradients, which are used up."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on, beside weights and options; what is no tensor in 0-d ones."""
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
 
 
 def make_optimizer(
@@ -100,6 +107,19 @@ class NativeAdam:
         for parameter in self.learned_by_loss:
             parameter.grad = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments, and the number of steps."""
+        found = {"mean": self.mean, "square": self.square, "steps": torch.tensor(self.steps)}
+        for i, (mean, square) in enumerate(self._moments):
+            found |= {f"loss.{i}.mean": mean, f"loss.{i}.square": square}
+        return found
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        self.steps = int(tensors["steps"])
+
     def _update(self, parts: list[_Part], lr: float, weight_decay: float) -> None:
         if parts:
             _native.adam(parts, self.steps, lr, *BETAS, EPS, weight_decay, torch.get_num_threads())
@@ -135,6 +155,34 @@ class FusedAdam:
         for group in self.adam.param_groups[1:]:
             for parameter in group["params"]:
                 parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments and the numbers of steps, and the scale of the gradients."""
+        found = {
+            f"{i}.{name}": value
+            for i, parameter in enumerate(self._updated())
+            for name, value in self.adam.state[parameter].items()
+        }
+        if self.scaler is not None:
+            numbers = self.scaler.state_dict()
+            found |= {f"scaler.{name}": torch.tensor(value) for name, value in numbers.items()}
+        return found
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        for i, parameter in enumerate(self._updated()):
+            start = f"{i}."
+            self.adam.state[parameter] = {
+                name.removeprefix(start): value.to(parameter.device)
+                for name, value in tensors.items()
+                if name.startswith(start)
+            }
+        if self.scaler is not None:
+            numbers = {n: tensors[f"scaler.{n}"].item() for n in self.scaler.state_dict()}
+            self.scaler.load_state_dict(numbers)
+
+    def _updated(self) -> list[nn.Parameter]:
+        return [parameter for group in self.adam.param_groups for parameter in group["params"]]
 
 
 def _is_half(weights: FlatWeights) -> bool:

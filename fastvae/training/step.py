@@ -66,6 +66,23 @@ class TrainStep:
         loss, recon, kl = (self._sums / max(self.count, 1)).tolist()
         return loss, recon, kl
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step and the averages depend on, beside weights, options and generators."""
+        self._add_up()
+        state = {"sums": self._sums, "count": torch.tensor(self.count)}
+        return state | {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `tensors` gave; the model has its weights back already."""
+        start = "optimizer."
+        self.optimizer.load_tensors(
+            {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+        )
+        self.weights.refresh_copies()
+        self.reset()
+        self._sums.copy_(tensors["sums"])
+        self.count = int(tensors["count"])
+
     def reset(self) -> None:
         """Begin new averages."""
         self._terms, self._sizes = [], []

@@ -7,20 +7,24 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..data import DataLoader
 from ..inference.evaluate import Batch, evaluate, inputs, negative_elbo
 from ..loss import ELBOLoss
 from ..models import VAE
 from ..models.files import CONFIG_NAME, write_json
-from .checkpoint import save_checkpoint
+from .checkpoint import CheckpointWriter, load_newest_checkpoint, prefixed, without_prefix
 from .config import TrainConfig
 from .device import choose_amp_dtype, choose_device
 from .run_folder import METRICS_NAME, OPTIONS_NAME, check_run_folder, prepare_run_folder
+from .signals import StopSignal, TrainingStopped
+from .state import Progress, load_training_tensors, training_tensors
 from .step import TrainStep
 from .telemetry import Telemetry
 
@@ -65,7 +69,9 @@ class Trainer:
         is called before each epoch, where there is one.
     loss: None is the negative ELBO of the model's likelihood with `config.beta`. Validation uses it too.
     config: epochs, lr, optimizer, amp, device, seed; with `out` also the folder that gets train.toml,
-        config.json, metrics.jsonl and checkpoints/. The other options describe what is given here.
+        config.json, metrics.jsonl and checkpoints/, one every `checkpoint_steps` and one at the end of each
+        epoch. The other options describe what is given here.
+    resume: go on with the run that is in `out`, from its newest checkpoint.
 
     Moves the model to the chosen device. Raises ConfigError for a device that is absent or a folder that
     may not be written, ValueError for no training data.
@@ -79,6 +85,7 @@ class Trainer:
         *,
         loss: ELBOLoss | None = None,
         config: TrainConfig | None = None,
+        resume: bool = False,
     ) -> None:
         config = TrainConfig() if config is None else config
         if len(train) == 0:
@@ -88,8 +95,11 @@ class Trainer:
             config = config.replace(epochs=max(DEFAULT_EPOCHS, enough))
         self.config = config
         self.folder = None if config.out is None else Path(config.out)
+        self.resume = resume
+        if resume and self.folder is None:
+            raise ValueError("resume: got no config.out, expected the folder of a run")
         if self.folder is not None:
-            check_run_folder(self.folder, config.overwrite)
+            check_run_folder(self.folder, config.overwrite or resume)
         self.device, self.device_reason = choose_device(config.device)
         self.amp_dtype, self.amp_reason = choose_amp_dtype(self.device, config.amp)
         self.model = model.to(self.device)
@@ -100,72 +110,167 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train for `config.epochs` epochs.
 
-        Raises TrainingError, which names epoch and step, if the loss is not finite; the weights of the last
-        good checkpoint stay on disk.
+        A run that was stopped and resumed ends with the weights of one that was not, bit for bit on the same
+        machine with the same number of threads, if `train` is a `fastvae.DataLoader` (of other batches those
+        that were done are read and left out, whatever they are).
+
+        Raises:
+            TrainingError, which names epoch and step: the loss is not finite. Earlier checkpoints stay.
+            TrainingStopped: SIGTERM or Ctrl-C came; where there is a folder, after a checkpoint.
+            CheckpointError: there is no checkpoint to resume from, or it is of another training.
+            OSError: writing failed, as where the disk is full. Earlier checkpoints stay.
         """
-        config, epochs = self.config, self.config.epochs
-        assert epochs is not None  # resolved above
-        torch.manual_seed(config.seed)
-        if self.folder is not None:
-            prepare_run_folder(self.folder)
-            (self.folder / OPTIONS_NAME).write_text(config.to_toml())
-            if self.model.config is not None:
-                write_json(self.folder / CONFIG_NAME, self.model.config)
+        torch.manual_seed(self.config.seed)
         step = TrainStep(
-            self.model, self.loss, optimizer=config.optimizer, lr=config.lr, amp_dtype=self.amp_dtype
+            self.model,
+            self.loss,
+            optimizer=self.config.optimizer,
+            lr=self.config.lr,
+            amp_dtype=self.amp_dtype,
         )
-        history: list[dict[str, Any]] = []
-        best: dict[str, Any] = {}
         best_weights: dict[str, Tensor] = {}
-        samples, seconds = 0, 0.0
-        began = time.perf_counter()
-        with Telemetry(epochs, len(self.train)) as telemetry:
-            for epoch in range(1, epochs + 1):
-                terms, epoch_samples, epoch_seconds = self._train_epoch(step, epoch, telemetry)
-                samples, seconds = samples + epoch_samples, seconds + epoch_seconds
-                row = {
-                    "epoch": epoch,
-                    "step": epoch * len(self.train),
-                    **dict(zip(("train_loss", "train_recon", "train_kl"), terms, strict=True)),
-                    **self._validate(epoch),
-                    "samples_per_second": epoch_samples / epoch_seconds,
-                    "seconds": time.perf_counter() - began,
-                }
-                history.append(row)
-                weights = {name: w.detach().cpu().clone() for name, w in self.model.state_dict().items()}
-                is_best = not best or row["val_loss"] is None or row["val_loss"] < best["val_loss"]
-                if is_best:
-                    best, best_weights = row, weights
-                if self.folder is not None:
-                    save_checkpoint(self.folder, weights, is_best=is_best)
-                    with open(self.folder / METRICS_NAME, "a") as file:
-                        file.write(json.dumps(row) + "\n")
-                telemetry.epoch(row)
+        progress = Progress()
+        if self.resume:
+            progress, best_weights = self._restore(step)
+        if self.folder is None:
+            self._run(step, progress, best_weights, None, None)
+        else:
+            self._write_beginning(progress)
+            with CheckpointWriter(self.folder) as writer, StopSignal() as stop:
+                self._run(step, progress, best_weights, writer, stop)
         step.weights.release()
         self.model.load_state_dict(best_weights)
-        return TrainResult(history, best, history[-1]["step"], seconds, samples / seconds)
+        rate = progress.samples / progress.seconds if progress.seconds else 0.0
+        history = progress.history
+        return TrainResult(history, progress.best, history[-1]["step"], progress.seconds, rate)
 
-    def _train_epoch(
-        self, step: TrainStep, epoch: int, telemetry: Telemetry
-    ) -> tuple[tuple[float, float, float], int, float]:
-        """One pass over the training data: the average terms, the number of data, the seconds."""
+    def _run(
+        self,
+        step: TrainStep,
+        progress: Progress,
+        best_weights: dict[str, Tensor],
+        writer: CheckpointWriter | None,
+        stop: StopSignal | None,
+    ) -> None:
+        """Train from where `progress` stands to the end; `best_weights` is filled."""
+        epochs = self.config.epochs
+        assert epochs is not None  # resolved above
+        began = time.perf_counter() - progress.wall_seconds
+        with Telemetry(epochs, len(self.train)) as telemetry:
+            while progress.epoch <= epochs:
+                for _ in self._train_epoch(step, progress, telemetry):
+                    total = progress.step(len(self.train))
+                    stopped = None if stop is None else stop.signal
+                    every = self.config.checkpoint_steps
+                    if writer is None or (stopped is None and (every is None or total % every)):
+                        continue
+                    progress.wall_seconds = time.perf_counter() - began
+                    path = self._save(writer, step, progress, best_weights)
+                    if stopped is not None:
+                        writer.wait()
+                        raise TrainingStopped(stopped, total, path)
+                terms = self._checked(step.averages(), progress.epoch, progress.batch)
+                row = {
+                    "epoch": progress.epoch,
+                    "step": progress.epoch * len(self.train),
+                    **dict(zip(("train_loss", "train_recon", "train_kl"), terms, strict=True)),
+                    **self._validate(progress.epoch),
+                    "samples_per_second": progress.epoch_samples / progress.epoch_seconds,
+                    "seconds": time.perf_counter() - began,
+                }
+                self._end_epoch(progress, row, best_weights, writer)
+                if writer is not None:
+                    progress.wall_seconds = time.perf_counter() - began
+                    self._save(writer, step, progress, best_weights)
+                telemetry.epoch(row)
+
+    def _train_epoch(self, step: TrainStep, progress: Progress, telemetry: Telemetry) -> Iterator[None]:
+        """The rest of an epoch; yields after each step, when `progress` is up to date."""
+        first = progress.batch
+        self.model.train()
+        if first == 0:
+            step.reset()
+        earlier = progress.epoch_seconds
+        began = time.perf_counter()
+        next_report = began + REPORT_SECONDS
+        batches = inputs(self._batches(progress.epoch, first), self.device)
+        for done, x in enumerate(batches, first + 1):
+            step(x)
+            progress.batch = done
+            progress.epoch_samples = step.count
+            progress.epoch_seconds = earlier + time.perf_counter() - began
+            yield
+            if time.perf_counter() >= next_report:
+                terms = self._checked(step.averages(), progress.epoch, progress.batch)
+                telemetry.step(
+                    progress.epoch, progress.batch, terms, progress.epoch_samples / progress.epoch_seconds
+                )
+                next_report = time.perf_counter() + REPORT_SECONDS
+        step.averages()  # waits for the device
+        progress.epoch_seconds = earlier + time.perf_counter() - began
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of an epoch from the one with index `first` on."""
+        if isinstance(self.train, DataLoader):
+            self.train.set_epoch(epoch - 1, first)
+            return iter(self.train)
         set_epoch = getattr(self.train, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch - 1)
-        self.model.train()
-        step.reset()
-        began = time.perf_counter()
-        next_report = began + REPORT_SECONDS
-        n = 0
-        for n, x in enumerate(inputs(self.train, self.device), 1):
-            step(x)
-            if time.perf_counter() >= next_report:
-                terms = self._checked(step.averages(), epoch, n)
-                now = time.perf_counter()
-                telemetry.step(epoch, n, terms, step.count / (now - began))
-                next_report = now + REPORT_SECONDS
-        terms = self._checked(step.averages(), epoch, n)
-        return terms, step.count, time.perf_counter() - began
+        return islice(iter(self.train), first, None)
+
+    def _end_epoch(
+        self,
+        progress: Progress,
+        row: dict[str, Any],
+        best_weights: dict[str, Tensor],
+        writer: CheckpointWriter | None,
+    ) -> None:
+        """Take the row of a finished epoch into `progress` and the run folder, and begin the next."""
+        progress.history.append(row)
+        if not progress.best or row["val_loss"] is None or row["val_loss"] < progress.best["val_loss"]:
+            progress.best = row
+            best_weights.update(
+                {name: w.detach().to("cpu", copy=True) for name, w in self.model.state_dict().items()}
+            )
+            if writer is not None:
+                writer.save_best(best_weights)
+        if self.folder is not None:
+            with open(self.folder / METRICS_NAME, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        progress.samples += progress.epoch_samples
+        progress.seconds += progress.epoch_seconds
+        progress.epoch += 1
+        progress.batch = progress.epoch_samples = 0
+        progress.epoch_seconds = 0.0
+
+    def _save(
+        self, writer: CheckpointWriter, step: TrainStep, progress: Progress, best_weights: dict[str, Tensor]
+    ) -> Path:
+        self._checked(step.averages(), progress.epoch, progress.batch)
+        tensors = {**training_tensors(self.model, self.loss, step), **prefixed("best", best_weights)}
+        return writer.save(progress.step(len(self.train)), tensors, progress.to_json(len(self.train)))
+
+    def _restore(self, step: TrainStep) -> tuple[Progress, dict[str, Tensor]]:
+        """Put everything where the newest checkpoint has it."""
+        assert self.folder is not None
+        (tensors, state), problems = load_newest_checkpoint(self.folder)
+        for problem in problems:
+            print(f"{problem}; the one before it is used")
+        progress = Progress.from_json(state, len(self.train))
+        load_training_tensors(tensors, self.model, self.loss, step)
+        return progress, without_prefix("best", tensors)
+
+    def _write_beginning(self, progress: Progress) -> None:
+        """What the folder holds before the first step: options, the model's config, the rows so far."""
+        assert self.folder is not None
+        if not self.resume:
+            prepare_run_folder(self.folder)
+            if self.model.config is not None:
+                write_json(self.folder / CONFIG_NAME, self.model.config)
+        (self.folder / OPTIONS_NAME).write_text(self.config.to_toml())
+        rows = "".join(json.dumps(row) + "\n" for row in progress.history)
+        (self.folder / METRICS_NAME).write_text(rows)
 
     def _validate(self, epoch: int) -> dict[str, float | None]:
         names = ("val_loss", "val_recon", "val_kl")

@@ -1,0 +1,83 @@
+"""What a training is made of between two steps, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loss import ELBOLoss
+from ..models import VAE
+from .checkpoint import CheckpointError, prefixed, without_prefix
+from .step import TrainStep
+
+
+@dataclass
+class Progress:
+    """Where a training stands: in epoch `epoch`, from 1, after `batch` of its batches.
+
+    epoch_samples, epoch_seconds: of this epoch; samples, seconds: of the steps of all epochs before it.
+    wall_seconds: since the training began, without the time between a stop and a resumption.
+    history, best: rows of metrics.jsonl, of all finished epochs and of the best one.
+    """
+
+    epoch: int = 1
+    batch: int = 0
+    epoch_samples: int = 0
+    epoch_seconds: float = 0.0
+    samples: int = 0
+    seconds: float = 0.0
+    wall_seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def step(self, batches: int) -> int:
+        """The steps since the beginning, of an epoch of `batches` batches."""
+        return (self.epoch - 1) * batches + self.batch
+
+    def to_json(self, batches: int) -> dict[str, Any]:
+        return {"batches": batches, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any], batches: int) -> Progress:
+        """Raises CheckpointError if the epochs of the checkpoint had another number of batches."""
+        if state["batches"] != batches:
+            raise CheckpointError(
+                f"the checkpoint is of epochs of {state['batches']} batches, got {batches}; expected the "
+                "same data and batch size"
+            )
+        return cls(**{name: value for name, value in state.items() if name != "batches"})
+
+
+def training_tensors(model: VAE, loss: ELBOLoss, step: TrainStep) -> dict[str, Tensor]:
+    """All tensors that the next step depends on."""
+    device = next(model.parameters()).device
+    generators = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    return {
+        **prefixed("model", model.state_dict()),
+        **prefixed("loss", dict(loss.named_parameters())),
+        **prefixed("step", step.tensors()),
+        **prefixed("generator", generators),
+    }
+
+
+def load_training_tensors(tensors: Mapping[str, Tensor], model: VAE, loss: ELBOLoss, step: TrainStep) -> None:
+    """Put back what `training_tensors` gave. Raises CheckpointError for tensors of another model."""
+    device = next(model.parameters()).device
+    try:
+        model.load_state_dict(without_prefix("model", tensors))
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint is of another model: {error}") from error
+    with torch.no_grad():
+        for name, value in without_prefix("loss", tensors).items():
+            loss.get_parameter(name).copy_(value)
+    step.load_tensors(without_prefix("step", tensors))
+    generators = without_prefix("generator", tensors)
+    torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators and device.type == "cuda":
+        torch.cuda.set_rng_state(generators["cuda"], device)

@@ -1,0 +1,274 @@
+"""A training that is stopped, killed or damaged goes on, and ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastvae import VAE, DataLoader, ELBOLoss
+from fastvae.cli import main
+from fastvae.training.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    checkpoints,
+    load_checkpoint,
+    load_newest_checkpoint,
+)
+from fastvae.training.config import TrainConfig
+from fastvae.training.signals import StopSignal, TrainingStopped
+from fastvae.training.trainer import Trainer
+
+COMMAND = [sys.executable, "-m", "fastvae", "train"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Stopping(DataLoader):
+    """Sends SIGTERM when batch `at` of all passes is asked for."""
+
+    def __init__(self, data: np.ndarray, at: int | None) -> None:
+        super().__init__(data, 16, shuffle=True, seed=3)
+        self.at, self.asked = at, 0
+
+    def __iter__(self):
+        for x in super().__iter__():
+            if self.asked == self.at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.asked += 1
+            yield x
+
+
+@pytest.fixture
+def data(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random((200, 12), dtype=np.float32)
+
+
+def fit(
+    data: np.ndarray, out: Path, *, stop_at: int | None = None, resume: bool = False, **options
+) -> Trainer:
+    torch.manual_seed(1)
+    model = VAE.mlp((12,), (16,), 3, likelihood="gaussian")
+    options = {"epochs": 4, "device": "cpu", "seed": 5} | options
+    config = TrainConfig(out=str(out), **options)
+    train, val = Stopping(data[:150], stop_at), DataLoader(data[150:], 50)
+    trainer = Trainer(model, train, val, config=config, resume=resume)
+    trainer.fit()
+    return trainer
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k} for row in found]
+
+
+def assert_same(one: VAE, other: VAE) -> None:
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, 10, 17, 39])
+@pytest.mark.parametrize("options", [{}, {"amp": True}, {"optimizer": "adamw"}], ids=["fp32", "amp", "adamw"])
+def test_stopped_anywhere_and_resumed_is_bit_equal(data, tmp_path, stop_at, options) -> None:
+    """40 steps, 10 an epoch: in the first step, within an epoch, at its beginning, in the last step."""
+    whole = fit(data, tmp_path / "whole", **options)
+    with pytest.raises(TrainingStopped, match="stopped by SIGTERM after step") as stopped:
+        fit(data, tmp_path / "cut", stop_at=stop_at, **options)
+    assert stopped.value.exit_status == 143
+    assert stopped.value.step == stop_at + 1
+    resumed = fit(data, tmp_path / "cut", resume=True, **options)
+    assert_same(whole.model, resumed.model)
+    for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "cut"), strict=True):
+        assert a == pytest.approx(b, rel=1e-12)
+
+
+def test_stopped_twice_and_a_learned_variance_of_the_loss(data, tmp_path) -> None:
+    def run(out: Path, stop_at: int | None, resume: bool) -> Trainer:
+        torch.manual_seed(1)
+        loss = ELBOLoss("gaussian", log_variance=torch.nn.Parameter(torch.zeros(())))
+        train = Stopping(data[:150], stop_at)
+        config = TrainConfig(epochs=4, device="cpu", out=str(out))
+        trainer = Trainer(VAE.mlp((12,), (16,), 3), train, loss=loss, config=config, resume=resume)
+        trainer.fit()
+        return trainer
+
+    whole = run(tmp_path / "whole", None, False)
+    for stop_at, resume in ((4, False), (13, True)):
+        with pytest.raises(TrainingStopped):
+            run(tmp_path / "cut", stop_at, resume)
+    resumed = run(tmp_path / "cut", None, True)
+    assert_same(whole.model, resumed.model)
+    assert torch.equal(whole.loss.log_variance, resumed.loss.log_variance)
+
+
+def test_a_finished_run_resumed_has_nothing_to_do_and_more_epochs_can_be_asked_for(data, tmp_path) -> None:
+    whole = fit(data, tmp_path / "whole", epochs=6)
+    short = fit(data, tmp_path / "short", epochs=4)
+    again = fit(data, tmp_path / "short", epochs=4, resume=True)
+    assert_same(short.model, again.model)
+    assert_same(whole.model, fit(data, tmp_path / "short", epochs=6, resume=True).model)
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_newest_is_named(data, tmp_path, capsys) -> None:
+    whole = fit(data, tmp_path / "whole", checkpoint_steps=3)
+    with pytest.raises(TrainingStopped):
+        fit(data, tmp_path / "cut", stop_at=16, checkpoint_steps=3)
+    newest, before = checkpoints(tmp_path / "cut")
+    assert [path.name for path in (newest, before)] == [
+        "step-0000000017.safetensors",
+        "step-0000000015.safetensors",
+    ]
+    content = bytearray(newest.read_bytes())
+    content[random.randrange(len(content) // 2, len(content))] ^= 1 << random.randrange(8)
+    newest.write_bytes(content)
+    resumed = fit(data, tmp_path / "cut", resume=True, checkpoint_steps=3)
+    assert f"{newest}: " in capsys.readouterr().out
+    assert_same(whole.model, resumed.model)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "a bit of the header", "other bytes"])
+def test_every_damage_is_found(data, tmp_path, damage: str) -> None:
+    fit(data, tmp_path, epochs=1)
+    (path,) = checkpoints(tmp_path)
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) - 7]
+    elif damage == "empty":
+        content = bytearray()
+    elif damage == "a bit of the header":
+        content[random.randrange(8, 200)] ^= 1 << random.randrange(7)
+    else:
+        content = bytearray(random.randbytes(1000))
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=path.name):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="expected a run of fastvae train that has made one"):
+        load_newest_checkpoint(tmp_path)
+
+
+def test_other_data_and_another_model_are_refused(data, tmp_path) -> None:
+    fit(data, tmp_path, epochs=1)
+    with pytest.raises(CheckpointError, match="of epochs of 10 batches, got 5; expected the same data"):
+        Trainer(
+            VAE.mlp((12,), (16,), 3, likelihood="gaussian"),
+            DataLoader(data[:75], 16),
+            config=TrainConfig(out=str(tmp_path), device="cpu"),
+            resume=True,
+        ).fit()
+    with pytest.raises(CheckpointError, match="of another model"):
+        Trainer(
+            VAE.mlp((12,), (17,), 3, likelihood="gaussian"),
+            DataLoader(data[:150], 16),
+            config=TrainConfig(out=str(tmp_path), device="cpu"),
+            resume=True,
+        ).fit()
+
+
+def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(data, tmp_path) -> None:
+    """A limit to the size of files, which the checkpoint that has the best weights too exceeds."""
+    trainer = fit(data, tmp_path / "whole", epochs=1)
+    room = checkpoints(tmp_path / "whole")[0].stat().st_size
+    first_without_best = room - sum(w.nbytes for w in trainer.model.state_dict().values())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((room + first_without_best) // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not be written: .*") as error:
+            fit(data, tmp_path / "cut", checkpoint_steps=6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == str(tmp_path / "cut" / "checkpoints" / "step-0000000010.safetensors")
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir() if path.name[0] == "."] == []
+    assert [path.name for path in checkpoints(tmp_path / "cut")] == ["step-0000000006.safetensors"]
+    assert_same(fit(data, tmp_path / "cut", resume=True).model, fit(data, tmp_path / "all").model)
+
+
+def test_a_second_signal_acts_as_it_always_did() -> None:
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_writer_copies_before_it_returns(tmp_path) -> None:
+    weights = torch.ones(1000)
+    with CheckpointWriter(tmp_path) as writer:
+        path = writer.save(1, {"w": weights}, {"a": 1})
+        weights.zero_()
+    assert load_checkpoint(path).tensors["w"].sum() == 1000
+    assert load_checkpoint(path).state == {"a": 1}
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path) -> None:
+    """SIGKILL, as often as it takes: at most the steps since the last checkpoint are lost, never the run."""
+    options = ["--data", "digits", "--epochs", "30", "--checkpoint-steps", "5", "--device", "cpu"]
+    small = ["--hidden", "16", "--latent-dim", "2", "--batch-size", "64"]
+
+    def command(*arguments: str) -> list[str]:
+        return [*COMMAND, *arguments]
+
+    def run(arguments: list[str]) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            arguments, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, check=False
+        )
+
+    whole = run(command(*options, *small, "--out", "whole"))
+    assert whole.returncode == 0, whole.stderr
+    arguments, kills = command(*options, *small, "--out", "cut"), 0
+    while kills < 3:
+        with subprocess.Popen(
+            arguments, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
+            began = time.monotonic()
+            while not checkpoints(tmp_path / "cut") and time.monotonic() - began < 60:
+                time.sleep(0.005)
+            time.sleep(random.uniform(0, 0.3) + (2.5 if kills else 0))
+            process.kill()
+            process.wait()
+        kills += 1
+        load_newest_checkpoint(tmp_path / "cut")
+        arguments = command("--resume", "cut")
+    last = run(command("--resume", "cut"))
+    assert last.returncode == 0, last.stderr
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+    assert [row["epoch"] for row in rows(tmp_path / "cut")] == list(range(1, 31))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--resume", "absent"],
+            "--resume: got 'absent', which has no train.toml; expected a run of fastvae train",
+        ),
+        (["--resume", ".", "--lr", "0.1"], "--resume: given with --lr, expected the run's own options"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
