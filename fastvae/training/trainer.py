@@ -52,7 +52,7 @@ class TrainResult:
     history: the rows of metrics.jsonl: epoch, step, train_loss, train_recon, train_kl, val_loss, val_recon,
         val_kl (nats a datum; None without validation data), samples_per_second, seconds.
     best: the row whose weights the model has now: the least val_loss, or the last without validation data.
-    seconds, samples_per_second: of the training steps alone, without validation and checkpoints.
+    seconds, samples_per_second: of the epochs' steps, and the checkpoints between them; without validation.
     """
 
     history: list[dict[str, Any]]
@@ -115,7 +115,7 @@ class Trainer:
         that were done are read and left out, whatever they are).
 
         Raises:
-            TrainingError, which names epoch and step: the loss is not finite. Earlier checkpoints stay.
+            TrainingError, which names the step: the loss or a weight is not finite. Earlier checkpoints stay.
             TrainingStopped: SIGTERM or Ctrl-C came; where there is a folder, after a checkpoint.
             CheckpointError: there is no checkpoint to resume from, or it is of another training.
             OSError: writing failed, as where the disk is full. Earlier checkpoints stay.
@@ -248,6 +248,11 @@ class Trainer:
         self, writer: CheckpointWriter, step: TrainStep, progress: Progress, best_weights: dict[str, Tensor]
     ) -> Path:
         self._checked(step.averages(), progress.epoch, progress.batch)
+        if not step.weights.flat.isfinite().all():
+            total = progress.step(len(self.train))
+            raise TrainingError(
+                f"weights are not finite after step {total}; try a lower --lr than {self.config.lr:g}"
+            )
         tensors = {**training_tensors(self.model, self.loss, step), **prefixed("best", best_weights)}
         return writer.save(progress.step(len(self.train)), tensors, progress.to_json(len(self.train)))
 
