@@ -14,7 +14,7 @@ constexpr std::int64_t block = 4096;  // elements that one thread takes at a tim
 
 // What the steps of one update have in common.
 struct Factors {
-    float mean, square, square_new, step_size, root, eps, keep;
+    float mean, square, square_new, step_size, root, eps, keep, gradient;
 };
 
 Factors factors_of(const Adam& adam) {
@@ -28,6 +28,7 @@ Factors factors_of(const Adam& adam) {
         static_cast<float>(std::sqrt(correction2)),
         static_cast<float>(adam.eps),
         static_cast<float>(1 - adam.lr * adam.weight_decay),
+        static_cast<float>(adam.gradient_factor),
     };
 }
 
@@ -38,7 +39,7 @@ template <class G, class C>
     const Factors local = f;
     for (std::int64_t i = 0; i < n; ++i) {
         const float w = weight[i];
-        const float g = widen(gradient[i]);
+        const float g = widen(gradient[i]) * local.gradient;
         const float m = mean[i] + local.mean * (g - mean[i]);
         const float s = local.square * square[i] + local.square_new * (g * g);
         const float updated = w * local.keep - local.step_size * m / (__builtin_sqrtf(s) / local.root + local.eps);
@@ -104,6 +105,56 @@ void update_range(const Factors& f, const AdamPart& part, std::int64_t first, st
     update_range<BFloat16>(f, part, first, n);
 }
 
+// Squares of floats are exact in double, so that only the order of the sums matters: it is that of the lanes.
+template <class G>
+[[gnu::always_inline]] inline double squares_block(std::int64_t n, const G* __restrict gradient) {
+    constexpr int lanes = 16;
+    double sums[lanes] = {};
+    std::int64_t i = 0;
+    for (; i + lanes <= n; i += lanes)
+        for (int lane = 0; lane < lanes; ++lane) {
+            const double g = widen(gradient[i + lane]);
+            sums[lane] += g * g;
+        }
+    for (; i < n; ++i) {
+        const double g = widen(gradient[i]);
+        sums[i % lanes] += g * g;
+    }
+    double sum = 0;
+    for (const double part : sums) sum += part;
+    return sum;
+}
+
+template <class G>
+double squares_baseline(std::int64_t n, const G* gradient) {
+    return squares_block(n, gradient);
+}
+
+#if defined(__x86_64__)
+template <class G>
+[[gnu::target("avx2")]] double squares_avx2(std::int64_t n, const G* gradient) {
+    return squares_block(n, gradient);
+}
+#endif
+
+template <class G>
+double squares_range(const AdamPart& part, std::int64_t first, std::int64_t n) {
+    const G* gradient = static_cast<const G*>(part.gradient) + first;
+#if defined(__x86_64__)
+    static const bool has_avx2 = instruction_sets().front().name.rfind("avx", 0) == 0;
+    if (has_avx2) return squares_avx2(n, gradient);  // as fast as memory is
+#endif
+    return squares_baseline(n, gradient);
+}
+
+double squares_range(const AdamPart& part, std::int64_t first, std::int64_t n) {
+    switch (part.gradient_dtype) {
+        case DType::bfloat16: return squares_range<BFloat16>(part, first, n);
+        case DType::float16: return squares_range<Float16>(part, first, n);
+        default: return squares_range<float>(part, first, n);
+    }
+}
+
 }  // namespace
 
 void update(const Adam& adam, const std::vector<AdamPart>& parts, int threads) {
@@ -114,6 +165,26 @@ void update(const Adam& adam, const std::vector<AdamPart>& parts, int threads) {
         for (std::int64_t b = 0; b < chunks(part.n, block); ++b)
             update_range(factors, part, b * block, std::min(block, part.n - b * block));
     }
+}
+
+double sum_of_squares(const std::vector<AdamPart>& parts, int threads) {
+    std::vector<std::int64_t> begins;  // of each part's blocks in `sums`
+    std::int64_t count = 0;
+    for (const AdamPart& part : parts) {
+        begins.push_back(count);
+        count += chunks(part.n, block);
+    }
+    std::vector<double> sums(static_cast<std::size_t>(count));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (std::size_t p = 0; p < parts.size(); ++p) {
+#pragma omp for schedule(static) nowait
+        for (std::int64_t b = 0; b < chunks(parts[p].n, block); ++b)
+            sums[static_cast<std::size_t>(begins[p] + b)] =
+                squares_range(parts[p], b * block, std::min(block, parts[p].n - b * block));
+    }
+    double sum = 0;
+    for (const double part : sums) sum += part;
+    return sum;
 }
 
 }  // namespace fastvae

@@ -23,9 +23,13 @@ struct AdamPart {
 struct Adam {
     double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
     std::int64_t step = 1;  // counts from 1
+    double gradient_factor = 1;
 };
 
 // The result does not depend on `threads` or on the instruction set.
 void update(const Adam& adam, const std::vector<AdamPart>& parts, int threads);
+
+// The sum of the squares of all gradients; neither does it depend on these.
+double sum_of_squares(const std::vector<AdamPart>& parts, int threads);
 
 }  // namespace fastvae

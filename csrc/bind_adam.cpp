@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -24,10 +25,7 @@ DType checked(const char* name, int dtype) {
     return found;
 }
 
-void adam(
-    const std::vector<Part>& parts, std::int64_t step, double lr, double beta1, double beta2, double eps,
-    double weight_decay, int threads) {
-    if (step < 1) throw std::invalid_argument("step: got " + std::to_string(step) + ", expected at least 1");
+std::vector<AdamPart> checked(const std::vector<Part>& parts, int threads) {
     if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");
     std::vector<AdamPart> checked_parts;
     checked_parts.reserve(parts.size());
@@ -39,8 +37,24 @@ void adam(
              reinterpret_cast<float*>(weight), reinterpret_cast<float*>(mean), reinterpret_cast<float*>(square),
              reinterpret_cast<void*>(copy), checked("copy", copy_dtype)});
     }
+    return checked_parts;
+}
+
+void adam(
+    const std::vector<Part>& parts, std::int64_t step, double lr, double beta1, double beta2, double eps,
+    double weight_decay, double gradient_factor, int threads) {
+    if (step < 1) throw std::invalid_argument("step: got " + std::to_string(step) + ", expected at least 1");
+    const auto checked_parts = checked(parts, threads);
     const py::gil_scoped_release release;
-    update({lr, beta1, beta2, eps, weight_decay, step}, checked_parts, threads);
+    update({lr, beta1, beta2, eps, weight_decay, step, gradient_factor}, checked_parts, threads);
+}
+
+// As torch.nn.utils.clip_grad_norm_ has it; NaN where the norm is NaN.
+double clip_factor(const std::vector<Part>& parts, double max_norm, int threads) {
+    const auto checked_parts = checked(parts, threads);
+    const py::gil_scoped_release release;
+    const double factor = max_norm / (std::sqrt(sum_of_squares(checked_parts, threads)) + 1e-6);
+    return factor > 1 ? 1 : factor;
 }
 
 }  // namespace
@@ -48,9 +62,12 @@ void adam(
 void bind_adam(py::module_& m) {
     m.def(
         "adam", &adam, py::arg("parts"), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-        py::arg("eps"), py::arg("weight_decay"), py::arg("threads"),
+        py::arg("eps"), py::arg("weight_decay"), py::arg("gradient_factor"), py::arg("threads"),
         "One step of Adam, in place. A part is (n, gradient, its dtype, weight, mean, square, copy, its dtype),\n"
         "with addresses as integers, and 0 for no copy.");
+    m.def(
+        "clip_factor", &clip_factor, py::arg("parts"), py::arg("max_norm"), py::arg("threads"),
+        "The factor, at most 1, that brings the norm of the gradients of all parts to max_norm.");
 }
 
 }  // namespace fastvae

@@ -46,8 +46,12 @@ def adam(
     beta2: float,
     eps: float,
     weight_decay: float,
+    gradient_factor: float,
     threads: int,
 ) -> None: ...
+def clip_factor(
+    parts: Sequence[tuple[int, int, int, int, int, int, int, int]], max_norm: float, threads: int
+) -> float: ...
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def box_muller(
     radius_words: npt.NDArray[np.uint32], angle_words: npt.NDArray[np.uint32]

@@ -162,6 +162,22 @@ def test_conv_on_idx_files_with_a_test_set(tmp_path, monkeypatch, capsys):
     assert "297 for test" in capsys.readouterr().out
 
 
+def test_schedules_clipping_and_free_bits(tmp_path):
+    options = (
+        "--data digits --epochs 3 --hidden 32 --lr-schedule cosine --lr-warmup-steps 5 --optimizer adamw "
+        "--weight-decay 0.02 --clip-norm 10 --kl-warmup cyclical --kl-warmup-steps 12 --free-bits 0.1 "
+        "--free-bits-form element --logvar-clamp -10.5 10"
+    )
+    assert main(["train", *options.split(), "--out", str(tmp_path)]) == 0
+    config = TrainConfig.from_toml(tmp_path / "train.toml")
+    assert (config.lr_schedule, config.lr_warmup_steps) == ("cosine", 5)
+    assert (config.optimizer, config.weight_decay, config.clip_norm) == ("adamw", 0.02, 10)
+    assert (config.kl_warmup, config.kl_warmup_steps) == ("cyclical", 12)
+    assert (config.free_bits, config.free_bits_form, config.logvar_clamp) == (0.1, "element", (-10.5, 10))
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["val_loss"] == pytest.approx(row["val_recon"] + row["val_kl"], rel=1e-5)
+
+
 def _npy(path, array):
     np.save(path, array)
     return str(path)
@@ -194,6 +210,10 @@ def _bad_data(tmp_path):
         "unknown model": (["--model", "rnn"], "--model: got 'rnn', expected 'mlp' or 'conv'"),
         "unknown option": (["--epoch", "3"], "--epoch: no such option; did you mean --epochs?"),
         "no value": (["--epochs"], "--epochs"),
+        "weight decay": (["--weight-decay", "0.1"], "--weight-decay: got 0.1 with optimizer adam, expected"),
+        "one bound": (["--logvar-clamp", "-1"], "--logvar-clamp"),
+        "bounds": (["--logvar-clamp", "1", "-1"], "--logvar-clamp: got ['1', '-1'], expected two numbers"),
+        "KL warm-up": (["--kl-warmup", "sudden"], "--kl-warmup: got 'sudden', expected 'none', 'linear'"),
         "negative epochs": (["--epochs", "-1"], "--epochs: got '-1', expected"),
         "fraction": (["--val", "1.5"], "--val: got '1.5', expected a fraction between 0 and 1"),
         "too small a fraction": (["--data", good, "--val", "0.001"], "--val: "),
@@ -213,7 +233,8 @@ def _bad_data(tmp_path):
 
 BAD = [
     "missing file", "wrong magic number", "truncated file", "NaN", "empty array", "objects", "pickle",
-    "unknown data", "unknown model", "unknown option", "no value", "negative epochs", "fraction",
+    "unknown data", "unknown model", "unknown option", "no value", "weight decay", "one bound", "bounds",
+    "KL warm-up", "negative epochs", "fraction",
     "too small a fraction", "missing validation file", "other items", "variance", "conv", "bernoulli",
     "full folder", "a file in the way",
     pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),

@@ -11,6 +11,11 @@ from fastvae.training.config import ConfigError, TrainConfig
         TrainConfig(data="digits", hidden=(64, 32), epochs=3, lr=1e-4, amp=True, seed=2**40, out="a b/c"),
         TrainConfig(likelihood="gaussian", variance=0.1, val="other.npy", model="conv", device="cpu"),
         TrainConfig(likelihood="gaussian", variance="learned", beta=0.0, val=0.25, optimizer="adamw"),
+        TrainConfig(
+            lr_schedule="cosine", lr_warmup_steps=5, clip_norm=1.0, optimizer="adamw", weight_decay=0.0
+        ),
+        TrainConfig(kl_warmup="cyclical", kl_warmup_steps=40, free_bits=0.0, free_bits_form="element"),
+        TrainConfig(kl_warmup="linear", logvar_clamp=(-10, 10.5), free_bits=0.5),
     ],
 )
 def test_toml_gives_back_the_same_options(config, tmp_path):
@@ -25,6 +30,9 @@ def test_strings_are_read_as_the_command_line_gives_them():
     )
     assert (config.epochs, config.lr, config.hidden) == (3, 1e-4, (64, 32))
     assert (config.val, config.variance) == (0.2, 0.5)
+    config = TrainConfig(logvar_clamp=["-10", "1e1"], free_bits="0.1", clip_norm="5", lr_warmup_steps="7")
+    assert (config.logvar_clamp, config.free_bits) == ((-10, 10), 0.1)
+    assert (config.clip_norm, config.lr_warmup_steps) == (5, 7)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +52,38 @@ def test_strings_are_read_as_the_command_line_gives_them():
         (
             {"variance": 0.5, "likelihood": "mse"},
             "variance: got 0.5 with likelihood mse, expected it with gaussian only",
+        ),
+        ({"lr_schedule": "step"}, "lr_schedule: got 'step', expected 'constant' or 'cosine'"),
+        (
+            {"kl_warmup": "cycle"},
+            "kl_warmup: got 'cycle', expected 'none', 'linear', 'cosine' or 'cyclical'",
+        ),
+        ({"lr_warmup_steps": -1}, "lr_warmup_steps: got -1, expected a number greater than or equal to 0"),
+        ({"clip_norm": "0"}, "clip_norm: got '0', expected a number greater than 0"),
+        ({"clip_norm": "inf"}, "clip_norm: got 'inf', expected a finite number"),
+        ({"free_bits": -0.1}, "free_bits: got -0.1, expected a number greater than or equal to 0"),
+        *(
+            (
+                {"logvar_clamp": got},
+                f"logvar_clamp: got {got}, expected two numbers, LOW and HIGH, LOW not above HIGH",
+            )
+            for got in ([2, 1], [1], [1, 2, 3], ["-1", "a"], ["-inf", "0"], 4)
+        ),
+        (
+            {"weight_decay": 0.1},
+            "weight_decay: got 0.1 with optimizer adam, expected it with adamw only; use optimizer adamw",
+        ),
+        (
+            {"kl_warmup_steps": 10},
+            "kl_warmup_steps: got 10 with kl_warmup none, expected it with linear, cosine or cyclical",
+        ),
+        (
+            {"kl_warmup_steps": 1, "kl_warmup": "cyclical"},
+            "kl_warmup_steps: got 1 with kl_warmup cyclical, expected at least 2 a cycle",
+        ),
+        (
+            {"free_bits_form": "element"},
+            "free_bits_form: got element without free_bits, expected it with free_bits only",
         ),
         ({"hidden": [400], "model": "conv"}, "hidden: got 400 with model conv, expected it with mlp only"),
     ],

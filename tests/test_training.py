@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 
 import fastvae
 from fastvae import VAE, DataLoader, ELBOLoss
-from fastvae.inference.evaluate import evaluate
+from fastvae.inference.evaluate import evaluate, negative_elbo
 from fastvae.training import device as device_module
 from fastvae.training import step as step_module
 from fastvae.training.checkpoint import load_newest_checkpoint, without_prefix
 from fastvae.training.config import ConfigError, TrainConfig
 from fastvae.training.device import choose_amp_dtype, choose_device
-from fastvae.training.optimizer import FusedAdam, make_optimizer
+from fastvae.training.optimizer import LOG_VARIANCE_LR_FACTOR, FusedAdam, make_optimizer
+from fastvae.training.schedules import kl_factor, lr_factor
 from fastvae.training.step import TrainStep
 from fastvae.training.trainer import Trainer, TrainingError
 from fastvae.training.weights import FlatWeights
@@ -238,16 +239,17 @@ def test_cuda_where_there_is_none():
         choose_device("cuda")
 
 
-def _weights_after(steps, name, dtype, make, seed):
+def _weights_after(steps, name, dtype, make, seed, **options):
     """The weights of a small model after steps on fixed gradients, by an optimizer of `make`."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(300, 41), torch.nn.Linear(41, 7, bias=False))
     learned = [torch.nn.Parameter(torch.zeros(()))]
     weights = FlatWeights(model, dtype)
-    optimizer = make(weights, learned, name, 1e-2)
-    for _ in range(steps):
+    optimizer = make(weights, learned, name, 1e-2, **options)
+    for step in range(steps):
+        optimizer.set_lr(1e-2 / (step + 1))
         for leaf in (*weights.leaves, *learned):
-            leaf.grad = torch.randn(leaf.shape).to(leaf.dtype)
+            leaf.grad = (torch.rand(()) * torch.randn(leaf.shape)).to(leaf.dtype)
         optimizer.step()
         assert all(leaf.grad is None for leaf in weights.leaves)
     copies = None if weights.copies is None else weights.copies.clone()
@@ -256,15 +258,16 @@ def _weights_after(steps, name, dtype, make, seed):
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_adam_is_torch_s(name, dtype, seed):
-    def torch_s(weights, learned, name, lr):
-        return FusedAdam(weights, learned, lr, 0.01 if name == "adamw" else 0.0)
+@pytest.mark.parametrize("clip_norm", [None, 50.0])  # of norms from 0 to about 110
+def test_native_adam_is_torch_s(name, dtype, clip_norm, seed):
+    def torch_s(weights, learned, name, lr, clip_norm):
+        return FusedAdam(weights, learned, lr, 0.01 if name == "adamw" else 0.0, clip_norm)
 
-    ours, copies, variance = _weights_after(20, name, dtype, make_optimizer, seed)
-    theirs, their_copies, their_variance = _weights_after(20, name, dtype, torch_s, seed)
+    ours, copies, variance = _weights_after(20, name, dtype, make_optimizer, seed, clip_norm=clip_norm)
+    theirs, their_copies, their_variance = _weights_after(20, name, dtype, torch_s, seed, clip_norm=clip_norm)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     # without decay, which would shrink it; and ten times as fast as a weight
-    assert variance == pytest.approx(their_variance, rel=1e-5)
+    assert variance == pytest.approx(their_variance, rel=1e-5, abs=1e-6)
     if copies is not None:
         assert torch.equal(copies, ours.to(dtype))
         torch.testing.assert_close(copies.float(), their_copies.float(), rtol=2e-2, atol=1e-4)
@@ -276,7 +279,7 @@ def test_native_adam_does_not_depend_on_threads(seed):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(_weights_after(3, "adam", torch.bfloat16, make_optimizer, seed)[0])
+            results.append(_weights_after(3, "adam", torch.bfloat16, make_optimizer, seed, clip_norm=10.0)[0])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -327,3 +330,234 @@ def test_averages_weigh_each_step_by_its_data(data, monkeypatch, seed, most_kept
     assert step.averages()[0] == pytest.approx(total / sum(sizes), rel=1e-6)
     step.reset()
     assert step.averages() == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e25, math.inf, math.nan])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_clip_factor_is_torch_s(size, threads, seed):
+    gradients = [size * torch.randn(n) for n in (1, 5, 0, 4096, 100_003)]
+    parameters = [torch.nn.Parameter(torch.zeros(len(g))) for g in gradients]
+    parts = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+        at = parameter.data_ptr()  # only the gradients are read
+        parts.append((len(gradient), gradient.data_ptr(), 0, at, at, at, 0, 0))
+    ours = fastvae._native.clip_factor(parts, 2.0, threads)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    assert ours == pytest.approx(
+        min(2 / (norm + 1e-6), 1.0) if norm == norm else math.nan, rel=1e-12, nan_ok=True
+    )
+    if size <= 1e3:  # above, their squares overflow
+        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            torch.testing.assert_close(ours * gradient, parameter.grad, rtol=1e-5, atol=0)
+
+
+def test_gradients_are_clipped_together_with_those_of_the_loss(seed):
+    """The factor is not seen in Adam's first step, which has the size of lr, but in the moments."""
+    weight, variance = torch.nn.Linear(1, 1, bias=False), torch.nn.Parameter(torch.zeros(()))
+    optimizer = make_optimizer(FlatWeights(weight), [variance], "adam", 0.1, clip_norm=1.0)
+    weight.weight.grad, variance.grad = torch.full((1, 1), 3.0), torch.tensor(4.0)
+    optimizer.step()
+    assert optimizer.mean[0].item() == pytest.approx(0.1 * 3 / 5, rel=1e-5)
+    assert optimizer._moments[0][0].item() == pytest.approx(0.1 * 4 / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("clip_norm", "expected"), [(1.0, [0.3, 0.4]), (0.1, [0.06, 0.08])])
+def test_gradients_in_float16_are_clipped_without_their_scale(clip_norm, expected):
+    layer = torch.nn.Linear(2, 1, bias=False)
+    weights = FlatWeights(layer, torch.float16)
+    optimizer = make_optimizer(weights, [], "adam", 0.1, clip_norm=clip_norm)
+    with weights.lent():
+        out = layer(torch.tensor([[1.2, 1.6]], dtype=torch.float16))
+        optimizer.backward(0.25 * out.float().sum())  # the scale is 65536, which float16 has not
+    optimizer.step()
+    mean = optimizer.adam.state[weights.flat]["exp_avg"]
+    assert (mean[:2] / 0.1).tolist() == pytest.approx(expected, rel=2e-3)
+
+
+TOTAL = 12  # steps of the trainings below
+
+SCHEDULED = [
+    {"lr_schedule": "cosine", "lr_warmup_steps": 3},
+    {"lr_warmup_steps": 20, "likelihood": "gaussian"},
+    {"kl_warmup": "linear", "kl_warmup_steps": 7, "beta": 3.0},
+    {"kl_warmup": "cyclical", "kl_warmup_steps": 4, "likelihood": "gaussian"},
+    {"clip_norm": 2.0, "likelihood": "gaussian"},
+    {"optimizer": "adamw", "weight_decay": 0.5, "lr_schedule": "cosine"},
+    {"free_bits": 0.7, "kl_warmup": "cosine"},
+    {"free_bits": 0.7, "free_bits_form": "element", "logvar_clamp": (-0.05, 0.1)},
+    {"logvar_clamp": (-0.05, 0.1), "clip_norm": 0.1},
+]
+
+
+def _by_hand(model, x, config, seed):
+    """TOTAL steps in plain torch, and the operators' reference."""
+    variance = [model.log_variance] if config.likelihood == "gaussian" else []
+    weights = [p for name, p in model.named_parameters() if name != "log_variance"]
+    decay = 0.0 if config.optimizer == "adam" else config.weight_decay
+    adam = torch.optim.AdamW([{"params": weights, "weight_decay": decay}])
+    if variance:
+        adam.add_param_group({"params": variance, "weight_decay": 0.0})
+    torch.manual_seed(seed)
+    for step in range(TOTAL):
+        lr = config.lr * lr_factor(step, TOTAL, config.lr_schedule, config.lr_warmup_steps)
+        for group, factor in zip(adam.param_groups, (1, LOG_VARIANCE_LR_FACTOR), strict=False):
+            group["lr"] = lr * factor
+        mu, logvar = model.encode(x)
+        if config.logvar_clamp is not None:
+            logvar = logvar.clamp(*config.logvar_clamp)
+        x_hat = model.decode(fastvae.reparameterize(mu, logvar))
+        recon = (x_hat - x).square()
+        if variance:
+            recon = 0.5 * (recon / variance[0].exp() + variance[0] + math.log(2 * math.pi))
+        kl = 0.5 * (mu.square() + logvar.exp() - logvar - 1)
+        if config.free_bits is not None:
+            kl = (kl.mean(0) if config.free_bits_form == "batch" else kl).clamp(min=config.free_bits)
+        kl = kl.sum() if kl.ndim == 1 else kl.sum(1).mean()
+        beta = config.beta * kl_factor(step, TOTAL, config.kl_warmup, config.kl_warmup_steps)
+        loss = recon.sum(1).mean() + beta * kl
+        adam.zero_grad()
+        loss.backward()
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(weights + variance, config.clip_norm)
+        adam.step()
+    return loss.item()
+
+
+def _loss(model, config):
+    return negative_elbo(
+        model,
+        config.beta,
+        logvar_clamp=config.logvar_clamp,
+        free_bits=config.free_bits,
+        free_bits_form=config.free_bits_form,
+    )
+
+
+@pytest.mark.parametrize("options", SCHEDULED, ids=lambda options: "-".join(options))
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_options_do_what_plain_torch_does(data, options, resumed, seed):
+    config = TrainConfig(lr=1e-2, **options)
+    x = torch.from_numpy(data[:100])
+    models, losses = [], []
+    for run in ("ours", "by hand"):
+        torch.manual_seed(seed)
+        model = VAE.mlp((16,), (8,), 2, likelihood=config.likelihood or "mse")
+        models.append(model)
+        if run == "by hand":
+            losses.append(_by_hand(model, x, config, seed))
+            continue
+        step = TrainStep.from_config(model, _loss(model, config), config, TOTAL, torch.float32)
+        torch.manual_seed(seed)
+        for n in range(TOTAL):
+            if resumed and n == 5:
+                state = step.tensors()
+                step = TrainStep.from_config(model, _loss(model, config), config, TOTAL, torch.float32)
+                step.load_tensors(state)
+            step.reset()
+            step(x)
+        losses.append(step.averages()[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
+def test_the_options_train_in_low_precision(data, amp_dtype, seed):
+    config = TrainConfig(
+        lr=1e-2, lr_schedule="cosine", lr_warmup_steps=10, clip_norm=20.0, kl_warmup="linear", free_bits=0.1
+    )
+    x = torch.from_numpy(data[:64])
+    losses = []
+    for dtype in (torch.float32, amp_dtype):
+        torch.manual_seed(seed)
+        model = VAE.mlp((16,), (32,), 2)
+        step = TrainStep.from_config(model, _loss(model, config), config, 150, dtype)
+        for n in range(150):
+            if n == 100:  # one step alone is as uncertain as its noise
+                step.reset()
+            step(x)
+        losses.append(step.averages()[0])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cyclical"])
+def test_the_first_step_of_a_kl_warmup_has_no_kl(data, schedule, monkeypatch, seed):
+    config = TrainConfig(kl_warmup=schedule, beta=5.0)
+    model = VAE.mlp((16,), (8,), 2)
+    x = torch.from_numpy(data[:50])
+    torch.manual_seed(seed)
+    mu, logvar = model.encode(x)
+    recon = (model.decode(fastvae.reparameterize(mu, logvar)) - x).square().sum(1).mean()
+    expected = torch.autograd.grad(recon, list(model.parameters()))
+
+    loss = _loss(model, config)
+    step = TrainStep.from_config(model, loss, config, 100, torch.float32)
+    found = []
+    monkeypatch.setattr(step.optimizer, "step", lambda: found.extend(p.grad for p in model.parameters()))
+    torch.manual_seed(seed)
+    step(x)
+    total, recon_term, kl = step.averages()
+    assert total == recon_term
+    assert kl > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert loss.beta == 5.0
+
+
+def test_a_kl_warmup_keeps_the_beta_of_each_latent(data):
+    loss = ELBOLoss(free_bits=0.0, beta=torch.tensor([2.0, 0.5]))
+    step = TrainStep(VAE.mlp((16,), (8,), 2), loss, kl_factor=lambda step: step / 4)
+    for _ in range(4):
+        step(torch.from_numpy(data[:50]))
+    assert step.loss.beta.tolist() == [1.5, 0.375]
+    assert loss.beta.tolist() == [2.0, 0.5]
+
+
+def test_validation_has_the_full_beta_and_no_free_bits(data):
+    options = {"kl_warmup": "linear", "kl_warmup_steps": 1000, "free_bits": 3.0, "beta": 2.0}
+    trainer, result = _fit(data, epochs=2, lr=3e-3, **options)
+    row = result.history[-1]
+    assert row["val_loss"] == pytest.approx(row["val_recon"] + 2 * row["val_kl"], rel=1e-5)
+    # in training, the floor of both latents, times the mean of the factors of steps 8 to 15
+    floor = 2 * 2 * 3.0 * (sum(range(8, 16)) / 8 / 1000)
+    assert row["train_loss"] == pytest.approx(row["train_recon"] + floor, rel=2e-3)
+    plain = evaluate(trainer.model, DataLoader(data[500:], 64), loss=ELBOLoss(beta=2.0))
+    assert result.best["val_loss"] == pytest.approx(plain.loss.item(), rel=1e-6)
+
+
+def test_validation_clamps_as_training_does(data, seed):
+    torch.manual_seed(seed)
+    model = VAE.mlp((16,), (32,), 2)
+    x = torch.from_numpy(data)
+    clamped = evaluate(model, [x], loss=ELBOLoss(logvar_clamp=(1.0, 1.0)), seed=seed)
+    with torch.no_grad():
+        mu, logvar = model.encode(x)
+        logvar = torch.ones_like(logvar)
+        x_hat = model.decode(fastvae.reparameterize(mu, logvar, seed=seed))
+        expected = ELBOLoss().terms(x_hat, x, mu, logvar)
+    for ours, theirs in zip(clamped, expected, strict=True):
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_free_bits_keep_latents_in_use(data):
+    kept, lost = (
+        _fit(data, epochs=15, lr=3e-3, beta=100.0, **options)[1].history[-1]["train_kl"]
+        for options in ({"free_bits": 0.5}, {})
+    )
+    assert lost < 0.1
+    assert kept > 0.3  # about 2 * 0.5
+
+
+def test_all_options_through_the_trainer(data, tmp_path):
+    options = {
+        "lr_schedule": "cosine", "lr_warmup_steps": 4, "kl_warmup": "cyclical", "clip_norm": 5.0,
+        "optimizer": "adamw", "weight_decay": 0.1, "logvar_clamp": (-8, 8), "free_bits": 0.1,
+        "free_bits_form": "element",
+    }  # fmt: skip
+    trainer, result = _fit(data, epochs=8, lr=1e-2, out=str(tmp_path / "run"), **options)
+    assert result.history[-1]["val_loss"] < 0.8 * result.history[0]["val_loss"]
+    spec = trainer.loss.spec
+    assert (spec.free_bits, spec.free_bits_form, spec.logvar_clamp) == (0.1, "element", (-8, 8))
+    assert trainer.config == TrainConfig.from_toml(tmp_path / "run" / "train.toml")

@@ -7,14 +7,19 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..training.config import TrainConfig
 
-METAVARS = {
+METAVARS: dict[str, str | tuple[str, ...]] = {
     "data": "NAME|PATH",
     "val": "FILE|FRACTION",
     "variance": "F|learned",
     "beta": "F",
+    "free_bits": "F",
+    "logvar_clamp": ("LOW", "HIGH"),
     "lr": "F",
+    "weight_decay": "F",
+    "clip_norm": "F",
     "out": "DIR",
 }
+NUMBERS_OF_VALUES: dict[str, str | int] = {"hidden": "+", "logvar_clamp": 2}
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> list[str]:
@@ -30,7 +35,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> list[str]:
         parser.add_argument(
             flag,
             metavar=METAVARS.get(name) or "|".join(choices) or "N",
-            nargs="+" if name == "hidden" else None,
+            nargs=NUMBERS_OF_VALUES.get(name),
             default=argparse.SUPPRESS,
             help=text if field.default is None else f"{text} (default: {field.default})",
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,13 +12,32 @@ from torch import Tensor
 from ..loss import ELBOLoss
 from ..models import VAE
 from ..ops import ELBOTerms, sample_and_kl
+from ..ops.reference import clamp_logvar
+from ..ops.types import FreeBitsForm
 
 Batch = Tensor | Sequence[Tensor]
 
 
-def negative_elbo(model: VAE, beta: float = 1.0) -> ELBOLoss:
-    """The loss of `model`: -log p(x|z) under its likelihood, with its variance, plus beta times the KL."""
-    return ELBOLoss(model.likelihood, beta=beta, log_variance=model.log_variance)
+def negative_elbo(
+    model: VAE,
+    beta: float = 1.0,
+    *,
+    logvar_clamp: tuple[float, float] | None = None,
+    free_bits: float | None = None,
+    free_bits_form: FreeBitsForm = "batch",
+) -> ELBOLoss:
+    """The loss of `model`: -log p(x|z) under its likelihood, with its variance, plus beta times the KL.
+
+    The other arguments are those of `fastvae.ELBOLoss`.
+    """
+    return ELBOLoss(
+        model.likelihood,
+        beta=beta,
+        log_variance=model.log_variance,
+        logvar_clamp=logvar_clamp,
+        free_bits=free_bits,
+        free_bits_form=free_bits_form,
+    )
 
 
 def inputs(batches: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
@@ -34,11 +55,13 @@ def evaluate(
 
     batches: x [B, *item] or (x, y) each. A datum's noise depends on `seed` and on its place among the data,
         not on the batch size.
-    loss: its averages over batches are weighted by their sizes; None is the negative ELBO at beta = 1.
+    loss: its averages over batches are weighted by their sizes; None is the negative ELBO at beta = 1. Its
+        clamp of logvar holds for z too. Its free bits are left out, for they are a means of training: the
+        loss here is recon + beta * kl.
 
     Returns float64 scalars. The model is left in the mode it was in. Raises ValueError for no data.
     """
-    loss = negative_elbo(model) if loss is None else loss
+    loss = negative_elbo(model) if loss is None else _without_free_bits(loss)
     device = next(model.parameters()).device
     sums = torch.zeros(len(ELBOTerms._fields), dtype=torch.float64, device=device)
     count = 0
@@ -48,6 +71,7 @@ def evaluate(
         with torch.autocast(device.type, enabled=False):
             for x in inputs(batches, device):
                 mu, logvar = model.encode(x)
+                logvar = clamp_logvar(logvar, loss.spec)
                 z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=count)
                 sums += torch.stack(loss.terms(model.decode(z), x, kl=kl)).double() * len(x)
                 count += len(x)
@@ -56,3 +80,11 @@ def evaluate(
     if count == 0:
         raise ValueError("batches: got no data to evaluate on, expected at least one batch")
     return ELBOTerms(*(sums / count).cpu())
+
+
+def _without_free_bits(loss: ELBOLoss) -> ELBOLoss:
+    if loss.spec.free_bits is None:
+        return loss
+    plain = copy.copy(loss)  # with the same parameters and buffers
+    plain.spec = replace(loss.spec, free_bits=None)
+    return plain

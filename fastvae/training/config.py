@@ -6,6 +6,7 @@ Imports neither torch nor numpy: `fastvae train --help` needs only this.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import sys
 from typing import Annotated, Any, Literal
@@ -13,6 +14,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
+
+from .schedules import KLWarmup, LRSchedule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,6 +54,20 @@ def _number(value: Any, above: float, below: float | None, expected: str) -> flo
     return number
 
 
+def _interval(value: Any) -> Any:
+    if value is None:
+        return None
+    expected = "two numbers, LOW and HIGH, LOW not above HIGH"
+    try:
+        low, high = (float(bound) for bound in value)
+        valid = not isinstance(value, str) and -math.inf < low <= high < math.inf
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise PydanticCustomError("interval", "Input should be {expected}", {"expected": expected})
+    return low, high
+
+
 Width = Annotated[int, Field(ge=1)]
 
 
@@ -81,12 +98,35 @@ class TrainConfig(BaseModel):
         None, description="variance of a gaussian p(x|z): a number, or learned (default: learned)"
     )
     beta: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of the KL term")
+    kl_warmup: KLWarmup = Field(
+        "none", description="how beta rises from 0 in training: once, or at the start of each cycle"
+    )
+    kl_warmup_steps: int | None = Field(
+        None, ge=1, description="steps that --kl-warmup takes, or a cycle (default: a tenth of all steps)"
+    )
+    free_bits: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="floor of the KL of each latent in training, in nats"
+    )
+    free_bits_form: Literal["batch", "element"] = Field(
+        "batch", description="what --free-bits floors: a latent's mean over the batch, or that of each datum"
+    )
+    logvar_clamp: Annotated[tuple[float, float] | None, BeforeValidator(_interval)] = Field(
+        None, description="bounds of the posterior's log variance, in training and validation"
+    )
     epochs: int | None = Field(
         None, ge=1, description="passes over the training data (default: 10, or more where the data are few)"
     )
     batch_size: int = Field(128, ge=1, description="data in a step")
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate")
-    optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw decays weights by 0.01")
+    lr_schedule: LRSchedule = Field("constant", description="cosine: the learning rate falls to 0")
+    lr_warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw: with --weight-decay")
+    weight_decay: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="weight decay of adamw (default: 0.01)"
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="largest norm of all gradients together (default: any)"
+    )
     amp: bool = Field(False, description="compute in bf16, or fp16, where the device is made for it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     seed: int = Field(0, ge=0, lt=2**63, description="makes the run repeatable")
@@ -111,6 +151,17 @@ class TrainConfig(BaseModel):
         if self.hidden is not None and self.model != "mlp":
             got = f"got {' '.join(map(str, self.hidden))} with model {self.model}"
             raise ConfigError("hidden", f"{got}, expected it with mlp only")
+        if self.weight_decay is not None and self.optimizer != "adamw":
+            got = f"got {self.weight_decay:g} with optimizer {self.optimizer}"
+            raise ConfigError("weight_decay", f"{got}, expected it with adamw only; use optimizer adamw")
+        if self.kl_warmup_steps is not None and self.kl_warmup == "none":
+            got = f"got {self.kl_warmup_steps} with kl_warmup none"
+            raise ConfigError("kl_warmup_steps", f"{got}, expected it with linear, cosine or cyclical")
+        if self.kl_warmup_steps == 1 and self.kl_warmup == "cyclical":
+            raise ConfigError("kl_warmup_steps", "got 1 with kl_warmup cyclical, expected at least 2 a cycle")
+        if self.free_bits_form != "batch" and self.free_bits is None:
+            got = f"got {self.free_bits_form} without free_bits"
+            raise ConfigError("free_bits_form", f"{got}, expected it with free_bits only")
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> TrainConfig:

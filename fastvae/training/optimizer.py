@@ -1,6 +1,8 @@
 """The optimizers of a step: Adam and AdamW, over weights that lie in one tensor.
 
 Kingma and Ba 2015, "Adam"; Loshchilov and Hutter 2019, "Decoupled weight decay regularization" (AdamW).
+Gradients are clipped by their global norm, as by torch.nn.utils.clip_grad_norm_: Pascanu et al. 2013, "On the
+difficulty of training recurrent neural networks".
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ _Part = tuple[int, int, int, int, int, int, int, int]
 class Optimizer(Protocol):
     """What a step asks of an optimizer."""
 
+    def set_lr(self, lr: float) -> None:
+        """Use another learning rate from the next `step` on."""
+
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of `loss`."""
 
@@ -43,13 +48,25 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(
-    weights: FlatWeights, learned_by_loss: list[nn.Parameter], name: str, lr: float
+    weights: FlatWeights,
+    learned_by_loss: list[nn.Parameter],
+    name: str,
+    lr: float,
+    weight_decay: float | None = None,
+    clip_norm: float | None = None,
 ) -> Optimizer:
-    """Adam ("adam") or AdamW ("adamw", weight decay 0.01): native on the CPU, torch's fused one elsewhere."""
-    weight_decay = ADAMW_WEIGHT_DECAY if name == "adamw" else 0.0
+    """Adam ("adam") or AdamW ("adamw"): native on the CPU, torch's fused one elsewhere.
+
+    weight_decay: of AdamW; None is 0.01 there. Adam has none.
+    clip_norm: the largest norm of all gradients together; None does not clip.
+    """
+    if name != "adamw":
+        weight_decay = 0.0
+    elif weight_decay is None:
+        weight_decay = ADAMW_WEIGHT_DECAY
     if weights.flat.device.type == "cpu" and not _is_half(weights):
-        return NativeAdam(weights, learned_by_loss, lr, weight_decay)
-    return FusedAdam(weights, learned_by_loss, lr, weight_decay)
+        return NativeAdam(weights, learned_by_loss, lr, weight_decay, clip_norm)
+    return FusedAdam(weights, learned_by_loss, lr, weight_decay, clip_norm)
 
 
 class NativeAdam:
@@ -60,15 +77,25 @@ class NativeAdam:
     """
 
     def __init__(
-        self, weights: FlatWeights, learned_by_loss: list[nn.Parameter], lr: float, weight_decay: float
+        self,
+        weights: FlatWeights,
+        learned_by_loss: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        clip_norm: float | None = None,
     ) -> None:
         self.weights = weights
         self.learned_by_loss = learned_by_loss
         self.lr = lr
         self.weight_decay = weight_decay
+        self.clip_norm = clip_norm
         self.steps = 0
         self.mean, self.square = (torch.zeros_like(weights.flat.detach()) for _ in range(2))
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in learned_by_loss]
+
+    def set_lr(self, lr: float) -> None:
+        """Use another learning rate from the next `step` on."""
+        self.lr = lr
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of `loss`."""
@@ -94,16 +121,24 @@ class NativeAdam:
             code = DTYPE_CODES[gradient.dtype]
             copy = copy_at + copy_size * offset
             parts.append((gradient.numel(), gradient.data_ptr(), code, *places, copy, copy_code))
-        self._update(parts, self.lr, self.weight_decay)
-
-        parts = []
+        learned: list[_Part] = []
         for parameter, (mean, square) in zip(self.learned_by_loss, self._moments, strict=True):
             if parameter.grad is None:
                 continue
             places = parameter.data_ptr(), mean.data_ptr(), square.data_ptr()
             code = DTYPE_CODES[parameter.grad.dtype]
-            parts.append((parameter.numel(), parameter.grad.data_ptr(), code, *places, 0, code))
-        self._update(parts, self.lr * LOG_VARIANCE_LR_FACTOR, 0.0)
+            learned.append((parameter.numel(), parameter.grad.data_ptr(), code, *places, 0, code))
+
+        threads = torch.get_num_threads()
+        factor = 1.0
+        if self.clip_norm is not None:
+            factor = _native.clip_factor(parts + learned, self.clip_norm, threads)
+        for group, lr, weight_decay in (
+            (parts, self.lr, self.weight_decay),
+            (learned, self.lr * LOG_VARIANCE_LR_FACTOR, 0.0),
+        ):
+            if group:
+                _native.adam(group, self.steps, lr, *BETAS, EPS, weight_decay, factor, threads)
         for parameter in self.learned_by_loss:
             parameter.grad = None
 
@@ -120,24 +155,37 @@ class NativeAdam:
             tensor.copy_(tensors[name])
         self.steps = int(tensors["steps"])
 
-    def _update(self, parts: list[_Part], lr: float, weight_decay: float) -> None:
-        if parts:
-            _native.adam(parts, self.steps, lr, *BETAS, EPS, weight_decay, torch.get_num_threads())
-
 
 class FusedAdam:
-    """torch's fused Adam or AdamW over the flat weights; with a GradScaler for float16."""
+    """torch's fused Adam or AdamW over the flat weights; with a GradScaler for float16.
+
+    The learning rates are tensors on the device, changed in place: a captured graph reads them anew.
+    """
 
     def __init__(
-        self, weights: FlatWeights, learned_by_loss: list[nn.Parameter], lr: float, weight_decay: float
+        self,
+        weights: FlatWeights,
+        learned_by_loss: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        clip_norm: float | None = None,
     ) -> None:
         self.weights = weights
-        groups = [{"params": [weights.flat], "weight_decay": weight_decay}]
-        if learned_by_loss:
-            own = {"lr": lr * LOG_VARIANCE_LR_FACTOR, "weight_decay": 0.0}
-            groups.append({"params": learned_by_loss, **own})
-        self.adam = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
-        self.scaler = torch.amp.GradScaler(weights.flat.device.type) if _is_half(weights) else None
+        self.clip_norm = clip_norm
+        device = weights.flat.device
+        self._parameters = [weights.flat, *learned_by_loss]
+        own_lr = torch.tensor(lr * LOG_VARIANCE_LR_FACTOR, device=device)
+        groups = [
+            {"params": [weights.flat], "lr": torch.tensor(lr, device=device), "weight_decay": weight_decay},
+            *([{"params": learned_by_loss, "lr": own_lr, "weight_decay": 0.0}] if learned_by_loss else []),
+        ]
+        self.adam = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type) if _is_half(weights) else None
+
+    def set_lr(self, lr: float) -> None:
+        """Use another learning rate from the next `step` on."""
+        for group, factor in zip(self.adam.param_groups, (1.0, LOG_VARIANCE_LR_FACTOR), strict=False):
+            group["lr"].fill_(lr * factor)
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of `loss`, scaled where float16 would lose them."""
@@ -146,6 +194,10 @@ class FusedAdam:
     def step(self) -> None:
         """Update the weights by their gradients; with a scaler, unless these overflowed."""
         self.weights.gather_gradients()
+        if self.clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.adam)
+            torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
         if self.scaler is None:
             self.adam.step()
         else:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..loss import ELBOLoss
 from ..models import VAE
 from ..ops import ELBOTerms, sample_and_kl
+from ..ops.reference import clamp_logvar
+from .config import TrainConfig
 from .optimizer import make_optimizer
+from .schedules import kl_factor, lr_factor
 from .weights import FlatWeights
 
 MOST_KEPT = 1000  # steps whose terms are kept before they are added up
@@ -17,8 +24,13 @@ MOST_KEPT = 1000  # steps whose terms are kept before they are added up
 class TrainStep:
     """The step of `model` under `loss`: call it with each batch, read `averages` now and then.
 
+    weight_decay: of "adamw"; None is 0.01.
+    clip_norm: the largest norm of all gradients together; None does not clip.
     amp_dtype: of the matrix products; the weights, the KL and the loss stay float32. float16 scales the
         gradients (torch.amp.GradScaler) and leaves out steps whose gradients overflow.
+    lr_factor, kl_factor: the factors of `lr` and of the loss's beta in each step, counted from 0; None is 1.
+        `loss` itself keeps its beta.
+    steps: how many were made, which is all the state that the schedules have.
     count: the data trained on since `reset`.
     """
 
@@ -29,30 +41,70 @@ class TrainStep:
         *,
         optimizer: str = "adam",
         lr: float = 1e-3,
+        weight_decay: float | None = None,
+        clip_norm: float | None = None,
         amp_dtype: torch.dtype = torch.float32,
+        lr_factor: Callable[[int], float] | None = None,
+        kl_factor: Callable[[int], float] | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self.model = model
         self.loss = loss
-        learned_by_loss = list(loss.parameters())
+        self.lr = lr
+        self.steps = 0
+        self._lr_factor, self._kl_factor = lr_factor, kl_factor
+        if kl_factor is not None:
+            self.loss, self._beta = _with_own_beta(loss, device)
+            self._full_beta = self._beta.clone()
+        learned_by_loss = list(self.loss.parameters())
         self.weights = FlatWeights(model, amp_dtype, exclude=learned_by_loss)
-        self.optimizer = make_optimizer(self.weights, learned_by_loss, optimizer, lr)
+        self.optimizer = make_optimizer(self.weights, learned_by_loss, optimizer, lr, weight_decay, clip_norm)
         self._autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
         self._terms: list[Tensor] = []
         self._sizes: list[int] = []
         self._sums = torch.zeros(len(ELBOTerms._fields), dtype=torch.float64, device=device)
         self.count = 0
 
+    @classmethod
+    def from_config(
+        cls, model: VAE, loss: ELBOLoss, config: TrainConfig, total_steps: int, amp_dtype: torch.dtype
+    ) -> TrainStep:
+        """The step that `config` describes, in a training of `total_steps`."""
+        lr_changes = config.lr_schedule != "constant" or config.lr_warmup_steps > 0
+        lr = partial(lr_factor, total=total_steps, schedule=config.lr_schedule, warmup=config.lr_warmup_steps)
+        kl = partial(kl_factor, total=total_steps, schedule=config.kl_warmup, warmup=config.kl_warmup_steps)
+        return cls(
+            model,
+            loss,
+            optimizer=config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+            amp_dtype=amp_dtype,
+            lr_factor=lr if lr_changes else None,
+            kl_factor=kl if config.kl_warmup != "none" else None,
+        )
+
     def __call__(self, x: Tensor) -> None:
         """Train on x, float32 [B, *item] on the model's device."""
+        if self._lr_factor is not None:
+            self.optimizer.set_lr(self.lr * self._lr_factor(self.steps))
+        if self._kl_factor is not None:
+            torch.mul(self._full_beta, self._kl_factor(self.steps), out=self._beta)
+        spec = self.loss.spec
         with self.weights.lent():
             with self._autocast:
                 mu, logvar = self.model.encode(x)
+                logvar = clamp_logvar(logvar, spec)
                 z, kl = sample_and_kl(mu, logvar)
                 x_hat = self.model.decode(z)
-            terms = self.loss.terms(x_hat, x, kl=kl)
+            if spec.free_bits is None:
+                terms = self.loss.terms(x_hat, x, kl=kl)
+            else:  # which need the KL of each latent
+                terms = self.loss.terms(x_hat, x, mu, logvar)
             self.optimizer.backward(terms.loss)
         self.optimizer.step()
+        self.steps += 1
         # kept as they are until they are read, so that no step waits for the one before
         self._terms += [term.detach() for term in terms]
         self._sizes.append(len(x))
@@ -69,7 +121,7 @@ class TrainStep:
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step and the averages depend on, beside weights, options and generators."""
         self._add_up()
-        state = {"sums": self._sums, "count": torch.tensor(self.count)}
+        state = {"sums": self._sums, "count": torch.tensor(self.count), "steps": torch.tensor(self.steps)}
         return state | {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -82,6 +134,7 @@ class TrainStep:
         self.reset()
         self._sums.copy_(tensors["sums"])
         self.count = int(tensors["count"])
+        self.steps = int(tensors["steps"])
 
     def reset(self) -> None:
         """Begin new averages."""
@@ -96,3 +149,13 @@ class TrainStep:
         sizes = torch.tensor(self._sizes, dtype=torch.float64).to(self._sums.device)
         self._sums += sizes @ torch.stack(self._terms).double().view(len(sizes), -1)
         self._terms, self._sizes = [], []
+
+
+def _with_own_beta(loss: ELBOLoss, device: torch.device) -> tuple[ELBOLoss, Tensor]:
+    """A copy of `loss` that shares its parameters and has a beta of its own, a buffer; and that buffer."""
+    shared = (*loss.parameters(), loss.process_group)
+    own = copy.deepcopy(loss, {id(value): value for value in shared})
+    beta = torch.as_tensor(own.beta, dtype=torch.float32, device=device).detach().clone()
+    del own.beta
+    own.register_buffer("beta", beta, persistent=False)
+    return own, beta

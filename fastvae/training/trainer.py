@@ -67,10 +67,11 @@ class Trainer:
 
     train, val: batches x, float32 [B, *item], or (x, y) whose y is not used. `set_epoch(epoch)` of `train`
         is called before each epoch, where there is one.
-    loss: None is the negative ELBO of the model's likelihood with `config.beta`. Validation uses it too.
-    config: epochs, lr, optimizer, amp, device, seed; with `out` also the folder that gets train.toml,
-        config.json, metrics.jsonl and checkpoints/, one every `checkpoint_steps` and one at the end of each
-        epoch. The other options describe what is given here.
+    loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits and logvar_clamp.
+        Validation uses it too, always with the full beta and without free bits.
+    config: epochs, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out` also the
+        folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every `checkpoint_steps`
+        and one at the end of each epoch. The other options describe what is given here.
     resume: go on with the run that is in `out`, from its newest checkpoint.
 
     Moves the model to the chosen device. Raises ConfigError for a device that is absent or a folder that
@@ -103,7 +104,15 @@ class Trainer:
         self.device, self.device_reason = choose_device(config.device)
         self.amp_dtype, self.amp_reason = choose_amp_dtype(self.device, config.amp)
         self.model = model.to(self.device)
-        self.loss = negative_elbo(model, config.beta) if loss is None else loss.to(self.device)
+        if loss is None:
+            loss = negative_elbo(
+                model,
+                config.beta,
+                logvar_clamp=config.logvar_clamp,
+                free_bits=config.free_bits,
+                free_bits_form=config.free_bits_form,
+            )
+        self.loss = loss.to(self.device)
         self.train = train
         self.val = val
 
@@ -120,14 +129,11 @@ class Trainer:
             CheckpointError: there is no checkpoint to resume from, or it is of another training.
             OSError: writing failed, as where the disk is full. Earlier checkpoints stay.
         """
-        torch.manual_seed(self.config.seed)
-        step = TrainStep(
-            self.model,
-            self.loss,
-            optimizer=self.config.optimizer,
-            lr=self.config.lr,
-            amp_dtype=self.amp_dtype,
-        )
+        config = self.config
+        assert config.epochs is not None  # resolved above
+        torch.manual_seed(config.seed)
+        total_steps = config.epochs * len(self.train)
+        step = TrainStep.from_config(self.model, self.loss, config, total_steps, self.amp_dtype)
         best_weights: dict[str, Tensor] = {}
         progress = Progress()
         if self.resume:

@@ -1,0 +1,45 @@
+"""Factors of the learning rate and of beta in the course of a training.
+
+Pure functions of the step, counted from 0, and of the training's total steps: a training that is resumed has
+nothing to restore.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+LRSchedule = Literal["constant", "cosine"]
+KLWarmup = Literal["none", "linear", "cosine", "cyclical"]
+
+
+def lr_factor(step: int, total: int, schedule: LRSchedule = "constant", warmup: int = 0) -> float:
+    """The factor of the learning rate: from 0 to 1 in the first `warmup` steps, then as `schedule` says.
+
+    "cosine" falls from 1 to 0 over the steps from `warmup` to `total`: Loshchilov and Hutter 2017, "SGDR:
+    stochastic gradient descent with warm restarts", equation 5, without restarts.
+    """
+    if step < warmup:
+        return step / warmup
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(total - warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def kl_factor(step: int, total: int, schedule: KLWarmup = "none", warmup: int | None = None) -> float:
+    """The factor of beta, from 0 to 1.
+
+    "linear" and "cosine" (half a wave) rise over the first `warmup` steps and stay at 1: Bowman et al. 2016,
+    "Generating sentences from a continuous space", section 3.1. "cyclical" repeats cycles of `warmup` steps,
+    in which it rises linearly in the first half and is 1 in the second: Fu et al. 2019, "Cyclical annealing
+    schedule", with R = 0.5; a cycle has at least 2 steps. `warmup` None is a tenth of `total`, rounded up so
+    that a training does not end with the start of a cycle.
+    """
+    if schedule == "none":
+        return 1.0
+    warmup = max(math.ceil(total / 10), 2) if warmup is None else warmup
+    if schedule == "cyclical":
+        return min(2 * (step % warmup) / warmup, 1.0)
+    done = min(step / warmup, 1.0)
+    return done if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done))
