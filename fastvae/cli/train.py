@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..data import resolve
-    from ..inference.evaluate import evaluate
+    from ..inference.evaluate import evaluate, negative_elbo
     from ..ops import resolve_impl
     from ..training.device import choose_device
     from ..training.run_folder import check_run_folder
@@ -76,7 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"device: {trainer.device} ({trainer.device_reason}), {amp_dtype} ({trainer.amp_reason})")
     print(f"operators: {impl} ({impl_reason})", flush=True)
     result = trainer.fit()
-    test_terms = None if test is None else evaluate(model, test, seed=config.seed)
+    loss = negative_elbo(model, logvar_clamp=config.logvar_clamp)
+    test_terms = None if test is None else evaluate(model, test, loss=loss, seed=config.seed)
     summary = {
         **_losses(test_terms, result),
         "epochs": len(result.history),
