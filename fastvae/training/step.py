@@ -91,6 +91,18 @@ class TrainStep:
             self.optimizer.set_lr(self.lr * self._lr_factor(self.steps))
         if self._kl_factor is not None:
             torch.mul(self._full_beta, self._kl_factor(self.steps), out=self._beta)
+        terms = self._backward(x)
+        self.optimizer.step()
+        self.steps += 1
+        # kept as they are until they are read, so that no step waits for the one before
+        self._terms += [term.detach() for term in terms]
+        self._sizes.append(len(x))
+        self.count += len(x)
+        if len(self._sizes) == MOST_KEPT:
+            self._add_up()
+
+    def _backward(self, x: Tensor) -> ELBOTerms:
+        """The loss and its terms; their gradients arrive at the leaves."""
         spec = self.loss.spec
         with self.weights.lent():
             with self._autocast:
@@ -103,14 +115,7 @@ class TrainStep:
             else:  # which need the KL of each latent
                 terms = self.loss.terms(x_hat, x, mu, logvar)
             self.optimizer.backward(terms.loss)
-        self.optimizer.step()
-        self.steps += 1
-        # kept as they are until they are read, so that no step waits for the one before
-        self._terms += [term.detach() for term in terms]
-        self._sizes.append(len(x))
-        self.count += len(x)
-        if len(self._sizes) == MOST_KEPT:
-            self._add_up()
+        return terms
 
     def averages(self) -> tuple[float, float, float]:
         """(loss, recon, kl), averaged over the data since `reset`; waits for the device."""
