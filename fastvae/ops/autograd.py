@@ -14,7 +14,7 @@ from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents, kernels: ModuleType) -> Forward:
     """Run the stages of `spec` on `kernels` (ops.native or ops.triton), differentiably."""
-    if torch.compiler.is_compiling():
+    if library.is_watched():
         return library.fused_elbo(inputs, spec, extents)
     if not (torch.is_grad_enabled() and _requires_grad(inputs)):
         result: Forward = kernels.forward(inputs, spec, extents)

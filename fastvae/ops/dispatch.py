@@ -55,7 +55,7 @@ def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents, impl: Impl) -> 
     """The KL of each latent, [Z], summed over the batch with its weights; without a gradient."""
     kernels = _kernels(impl, inputs, spec)
     sums: Tensor
-    if kernels.__name__.endswith("triton") and not torch.compiler.is_compiling():
+    if kernels.__name__.endswith("triton") and not library.is_watched():
         sums = kernels.latent_kl_sums(inputs, spec, extents)
     else:
         sums = reference.latent_kl_sums(inputs, spec, extents)
@@ -68,8 +68,8 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
 
 
 def seed_for(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """`draw_seed` on the device of `like`, in eager mode and in a graph that is being compiled."""
-    if generator is None and torch.compiler.is_compiling():
+    """`draw_seed` on the device of `like`, as an op where operations are watched."""
+    if generator is None and library.is_watched():
         return library.draw_seed(like)
     return draw_seed(like.device, generator)
 

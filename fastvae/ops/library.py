@@ -1,6 +1,6 @@
 """The operator as torch.library ops: opaque to torch.compile, which cannot look into a native call.
 
-Used only while compiling: in eager mode an op's dispatch costs more than ops.autograd's Function.
+Used only while somebody watches operations: else an op's dispatch costs more than ops.autograd's Function.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .types import Extents, Forward, Inputs, Needs, Spec
 
@@ -28,8 +29,13 @@ _library.define(f"backward({_INPUTS}, {_GRADIENTS}) -> Tensor[]")
 _library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
+def is_watched() -> bool:
+    """Whether operations are compiled, or seen by a TorchDispatchMode (of fake tensors, of a recorder)."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
 def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
-    """ops.autograd.fused_elbo, for a graph that is being compiled."""
+    """ops.autograd.fused_elbo as an op that is seen."""
     seed = inputs.seed
     if isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=inputs.like.device)
@@ -169,3 +175,10 @@ torch.library.register_fake(
     "fastvae::draw_seed", lambda like: like.new_empty((), dtype=torch.int64), lib=_library
 )
 torch.library.register_autograd("fastvae::forward", _gradient, setup_context=_setup_context, lib=_library)
+
+# The same without dispatcher and gradient, for who records operations.
+IMPLEMENTATIONS = {
+    torch.ops.fastvae.forward.default: _forward,
+    torch.ops.fastvae.backward.default: _backward,
+    torch.ops.fastvae.draw_seed.default: _draw_seed,
+}

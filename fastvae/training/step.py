@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from ..models import VAE
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.reference import clamp_logvar
 from .config import TrainConfig
-from .optimizer import make_optimizer
+from .optimizer import NativeAdam, make_optimizer
 from .schedules import kl_factor, lr_factor
+from .tape import Tape, is_recordable, record
 from .weights import FlatWeights
 
 MOST_KEPT = 1000  # steps whose terms are kept before they are added up
@@ -60,7 +62,9 @@ class TrainStep:
         self.weights = FlatWeights(model, amp_dtype, exclude=learned_by_loss)
         self.optimizer = make_optimizer(self.weights, learned_by_loss, optimizer, lr, weight_decay, clip_norm)
         self._autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
-        self._terms: list[Tensor] = []
+        self._leaves = [*self.weights.leaves, *learned_by_loss]
+        self._tapes = self._new_tapes()
+        self._kept: list[Tensor] = []
         self._sizes: list[int] = []
         self._sums = torch.zeros(len(ELBOTerms._fields), dtype=torch.float64, device=device)
         self.count = 0
@@ -95,7 +99,7 @@ class TrainStep:
         self.optimizer.step()
         self.steps += 1
         # kept as they are until they are read, so that no step waits for the one before
-        self._terms += [term.detach() for term in terms]
+        self._kept += [term.detach() for term in terms]
         self._sizes.append(len(x))
         self.count += len(x)
         if len(self._sizes) == MOST_KEPT:
@@ -103,19 +107,45 @@ class TrainStep:
 
     def _backward(self, x: Tensor) -> ELBOTerms:
         """The loss and its terms; their gradients arrive at the leaves."""
+        if self._tapes is None:
+            with self.weights.lent():
+                terms = self._terms(x)
+                self.optimizer.backward(terms.loss)
+            return terms
+        kind = x.shape, x.dtype
+        if kind in self._tapes:
+            outputs = self._tapes[kind](x)
+        else:
+            with self.weights.lent():
+                outputs, tape = record(self._terms_and_gradients, x)
+            if tape is None:
+                self._tapes = None
+            else:
+                self._tapes[kind] = tape
+        loss, recon, kl, *gradients = outputs
+        for leaf, gradient in zip(self._leaves, gradients, strict=True):
+            leaf.grad = gradient
+        return ELBOTerms(loss, recon, kl)
+
+    def _terms(self, x: Tensor) -> ELBOTerms:
         spec = self.loss.spec
-        with self.weights.lent():
-            with self._autocast:
-                mu, logvar = self.model.encode(x)
-                logvar = clamp_logvar(logvar, spec)
-                z, kl = sample_and_kl(mu, logvar)
-                x_hat = self.model.decode(z)
-            if spec.free_bits is None:
-                terms = self.loss.terms(x_hat, x, kl=kl)
-            else:  # which need the KL of each latent
-                terms = self.loss.terms(x_hat, x, mu, logvar)
-            self.optimizer.backward(terms.loss)
-        return terms
+        with self._autocast:
+            mu, logvar = self.model.encode(x)
+            logvar = clamp_logvar(logvar, spec)
+            z, kl = sample_and_kl(mu, logvar)
+            x_hat = self.model.decode(z)
+        if spec.free_bits is None:
+            return self.loss.terms(x_hat, x, kl=kl)
+        return self.loss.terms(x_hat, x, mu, logvar)  # free bits need the KL of each latent
+
+    def _terms_and_gradients(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        terms = self._terms(x)
+        return (*terms, *torch.autograd.grad(terms.loss, self._leaves, allow_unused=True))
+
+    def _new_tapes(self) -> dict[Any, Tape] | None:
+        """A tape for each shape of x; None where steps run as they are written."""
+        native = isinstance(self.optimizer, NativeAdam)
+        return {} if native and is_recordable(self.model, self.loss) else None
 
     def averages(self) -> tuple[float, float, float]:
         """(loss, recon, kl), averaged over the data since `reset`; waits for the device."""
@@ -142,8 +172,9 @@ class TrainStep:
         self.steps = int(tensors["steps"])
 
     def reset(self) -> None:
-        """Begin new averages."""
-        self._terms, self._sizes = [], []
+        """Begin an epoch: new averages, and new tapes of a model that its owner may have changed."""
+        self._tapes = self._new_tapes()
+        self._kept, self._sizes = [], []
         self._sums.zero_()
         self.count = 0
 
@@ -152,8 +183,8 @@ class TrainStep:
         if not self._sizes:
             return
         sizes = torch.tensor(self._sizes, dtype=torch.float64).to(self._sums.device)
-        self._sums += sizes @ torch.stack(self._terms).double().view(len(sizes), -1)
-        self._terms, self._sizes = [], []
+        self._sums += sizes @ torch.stack(self._kept).double().view(len(sizes), -1)
+        self._kept, self._sizes = [], []
 
 
 def _with_own_beta(loss: ELBOLoss, device: torch.device) -> tuple[ELBOLoss, Tensor]:

@@ -1,0 +1,148 @@
+"""A step's tensor operations, recorded while it runs and replayed without autograd and without modules.
+
+On a CPU, where operations of a small model take as long as the Python and the autograd around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ..ops import library
+
+_aten = torch.ops.aten
+_SAME_TENSOR = {_aten.detach.default, _aten.alias.default}  # once no autograd looks on
+
+
+class Tape:
+    """What `record` has recorded: call it with inputs of the same shapes and dtypes."""
+
+    def __init__(self, graph: fx.Graph, constants: Sequence[Tensor]) -> None:
+        self.graph = graph
+        self._replay: Callable[..., tuple[Any, ...]] = fx.GraphModule({}, graph).forward
+        self._constants = constants
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
+        """The outputs for new inputs and for what the weights and buffers are now."""
+        return self._replay(*inputs, *self._constants)
+
+
+def record(function: Callable[..., tuple[Any, ...]], *inputs: Tensor) -> tuple[tuple[Any, ...], Tape | None]:
+    """Call `function`, which gives tensors and None, and give its outputs and its tape.
+
+    The tape makes the same tensor operations on the same tensors, random ones and in-place ones too; all that
+    Python decided on the way stays decided. It is None where Python looked into a tensor (as by `item`), so
+    that the next call might go another way.
+    """
+    recorder = _Recorder(inputs)
+    with recorder:
+        outputs = function(*inputs)
+    return outputs, recorder.tape(outputs)
+
+
+def is_recordable(*modules: nn.Module) -> bool:
+    """Whether these modules do the same tensor operations at each call, as far as one can know.
+
+    So do the layers of torch and the models here, without hooks; of other code nothing is known.
+    """
+    return all(
+        type(module).__module__.partition(".")[0] in ("torch", "fastvae")
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        for top in modules
+        for module in top.modules()
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes each tensor operation into an fx.Graph; tensors that it did not make are constants."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._graph = fx.Graph()
+        self._made: dict[int, fx.Node] = {}
+        self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
+        self._storages: set[int] = set()  # of what was made
+        self._alive: list[Tensor] = []  # so that no id and no address is used twice
+        self._can_replay = True
+        for i, tensor in enumerate(inputs):
+            self._add(tensor, self._graph.placeholder(f"input_{i}"))
+        self._last_placeholder = next(reversed(self._graph.nodes))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = [t for t in _tensors((args, kwargs)) if id(t) in self._made]
+        if func in _SAME_TENSOR and tensors:
+            self._add(result, self._made[id(tensors[0])])
+        elif not (func.is_view and not tensors):  # a view of a constant is a constant
+            arguments = tree_map_only(Tensor, self._node, (args, dict(kwargs)))
+            node = self._graph.call_function(library.IMPLEMENTATIONS.get(func, func), *arguments)
+            self._add_result(result, node, list(_tensors((args, kwargs))))
+        return result
+
+    def tape(self, outputs: Sequence[Tensor | None]) -> Tape | None:
+        self._graph.output(tuple(None if t is None else self._node(t) for t in outputs))
+        if not self._can_replay:
+            return None
+        _simplify(self._graph)
+        return Tape(self._graph, [tensor for _, tensor in self._constants.values()])
+
+    def _add_result(self, result: Any, node: fx.Node, given: list[Tensor]) -> None:
+        if isinstance(result, Tensor):
+            if not any(result is t for t in given):  # in-place operations give what they were given
+                self._add(result, node)
+        elif isinstance(result, (list, tuple)):
+            for i, part in enumerate(result):
+                if part is not None:
+                    self._add_result(part, self._graph.call_function(_getitem, (node, i)), given)
+        elif result is not None:
+            self._can_replay = False  # a number, which Python may look at
+
+    def _add(self, tensor: Tensor, node: fx.Node) -> None:
+        self._made[id(tensor)] = node
+        self._storages.add(tensor.untyped_storage().data_ptr())
+        self._alive.append(tensor)
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) in self._made:
+            return self._made[id(tensor)]
+        if tensor.untyped_storage().data_ptr() in self._storages:
+            self._can_replay = False  # a view that was made where no operation is seen
+        if id(tensor) not in self._constants:
+            with self._graph.inserting_after(self._last_placeholder):
+                node = self._graph.placeholder(f"constant_{len(self._constants)}")
+            self._last_placeholder = node
+            self._constants[id(tensor)] = node, tensor
+        return self._constants[id(tensor)][0]
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for part in tree:
+            yield from _tensors(part)
+    elif isinstance(tree, Mapping):
+        yield from _tensors(tuple(tree.values()))
+
+
+def _getitem(results: Sequence[Any], i: int) -> Any:
+    return results[i]
+
+
+def _simplify(graph: fx.Graph) -> None:
+    """Leave out transposes of transposes, and what is not used."""
+    for node in list(graph.nodes):
+        if node.target is _aten.t.default and node.args[0].target is _aten.t.default:
+            node.replace_all_uses_with(node.args[0].args[0])
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.target in (_aten.t.default, _getitem):
+            graph.erase_node(node)

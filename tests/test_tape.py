@@ -1,0 +1,145 @@
+"""A recorded step is the step: bit for bit what the same code computes as it is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvae
+from fastvae.inference.evaluate import negative_elbo
+from fastvae.training.step import TrainStep
+from fastvae.training.tape import is_recordable, record
+
+ITEM = (1, 12, 12)
+
+
+def sequential_vae(*, likelihood: str = "mse") -> fastvae.VAE:
+    """With the layers that carry a state: dropout, batch norm."""
+    encoder = nn.Sequential(
+        nn.Flatten(), nn.Linear(144, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(0.3), nn.Linear(32, 12)
+    )
+    decoder = nn.Sequential(
+        nn.Linear(6, 32), nn.LayerNorm(32), nn.SiLU(), nn.Linear(32, 144), nn.Unflatten(1, ITEM)
+    )
+    return fastvae.VAE(Halves(encoder), decoder, likelihood=likelihood)
+
+
+class Halves(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.layers(x).chunk(2, dim=1)
+
+
+Halves.__module__ = "fastvae.models"  # as known as the models there
+
+MODELS = {
+    "mlp": lambda: fastvae.VAE.mlp(ITEM, (32,), 6),
+    "mlp, bernoulli": lambda: fastvae.VAE.mlp(ITEM, (32, 24), 6, likelihood="bernoulli"),
+    "mlp, learned variance": lambda: fastvae.VAE.mlp(ITEM, (32,), 6, likelihood="gaussian"),
+    "conv": lambda: fastvae.VAE.conv(ITEM, 6),
+    "with state": sequential_vae,
+}
+LOSSES = {
+    "plain": {},
+    "free bits of the batch": {"free_bits": 0.2},
+    "free bits of an element": {"free_bits": 0.2, "free_bits_form": "element"},
+    "clamp": {"logvar_clamp": (-0.1, 0.1)},
+}
+
+
+def trained(
+    model: fastvae.VAE, loss_options: dict, batches: list[Tensor], *, tape: bool, **options
+) -> dict[str, Tensor]:
+    """What a training of a few steps leaves: weights, buffers, averages, the state of the generator."""
+    torch.manual_seed(3)
+    step = TrainStep(model, negative_elbo(model, 0.7, **loss_options), **options)
+    if not tape:
+        step._tapes = None
+    else:
+        assert step._tapes is not None
+    for x in batches:
+        step(x)
+    averages = torch.tensor(step.averages())
+    step.weights.release()
+    return {**model.state_dict(), "averages": averages, "generator": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_steps_are_the_steps(seed: int, name: str, loss: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.rand(n, *ITEM, generator=generator) for n in (16, 16, 16, 7, 16, 7)]
+    results = []
+    for tape in (False, True):
+        torch.manual_seed(seed)
+        model = MODELS[name]().train()
+        results.append(
+            trained(
+                model,
+                LOSSES[loss],
+                batches,
+                tape=tape,
+                amp_dtype=dtype,
+                clip_norm=5.0,
+                kl_factor=lambda step: 0.1 * step,
+            )
+        )
+    for key, expected in results[0].items():
+        assert torch.equal(results[1][key], expected), key
+
+
+def test_a_tape_reads_the_weights_as_they_are_then(seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = nn.Linear(5, 3)
+    x = torch.randn(4, 5)
+
+    def gradient(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x).square().sum(), layer.weight)
+
+    _, tape = record(gradient, x)
+    assert tape is not None
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    other = torch.randn(4, 5)
+    assert torch.equal(tape(other)[0], gradient(other)[0])
+
+
+def test_no_tape_where_python_looks_into_a_tensor() -> None:
+    def function(x: Tensor) -> tuple[Tensor]:
+        return (x * 2 if x.sum() > 0 else x,)
+
+    (output,), tape = record(function, torch.ones(3))
+    assert tape is None
+    assert output.tolist() == [2, 2, 2]
+
+
+def test_a_step_goes_on_as_written_where_it_has_no_tape(seed: int) -> None:
+    class Deciding(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.mean() > 0.5 else x
+
+    Deciding.__module__ = "fastvae.models"
+    torch.manual_seed(seed)
+    model = fastvae.VAE.mlp(ITEM, (8,), 3)
+    model.encoder.layers.insert(0, Deciding())
+    step = TrainStep(model, negative_elbo(model))
+    for _ in range(2):
+        step(torch.rand(4, *ITEM))
+    assert step._tapes is None
+    assert all(torch.tensor(step.averages()).isfinite())
+
+
+def test_only_known_layers_are_recorded() -> None:
+    class Own(nn.Module):
+        pass
+
+    assert is_recordable(fastvae.VAE.conv(ITEM, 3), fastvae.ELBOLoss())
+    assert not is_recordable(nn.Sequential(Own()))
+    hooked = nn.Sequential(nn.Linear(2, 2))
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert not is_recordable(hooked)
