@@ -25,7 +25,7 @@ Factors factors_of(const Adam& adam) {
         static_cast<float>(adam.beta2),
         static_cast<float>(1 - adam.beta2),
         static_cast<float>(adam.lr / correction1),
-        static_cast<float>(std::sqrt(correction2)),
+        static_cast<float>(1 / std::sqrt(correction2)),
         static_cast<float>(adam.eps),
         static_cast<float>(1 - adam.lr * adam.weight_decay),
         static_cast<float>(adam.gradient_factor),
@@ -42,7 +42,7 @@ template <class G, class C>
         const float g = widen(gradient[i]) * local.gradient;
         const float m = mean[i] + local.mean * (g - mean[i]);
         const float s = local.square * square[i] + local.square_new * (g * g);
-        const float updated = w * local.keep - local.step_size * m / (__builtin_sqrtf(s) / local.root + local.eps);
+        const float updated = w * local.keep - local.step_size * m / (__builtin_sqrtf(s) * local.root + local.eps);
         mean[i] = m;
         square[i] = s;
         weight[i] = updated;

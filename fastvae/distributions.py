@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from .ops import sample_and_kl
-from .ops.dispatch import draw_seed
+from .ops.library import random_bits
 from .ops.types import compute_dtype
 
 
@@ -131,7 +131,7 @@ def _draw(mean: Tensor, logvar: Tensor, generator: Generator | None) -> tuple[Te
     """z, and its KL by datum."""
     if generator is None:
         return sample_and_kl(mean, logvar)
-    seed = draw_seed(generator.device, generator).to(mean.device)
+    seed = random_bits(generator.device, generator).to(mean.device)
     return sample_and_kl(mean, logvar, seed=seed)
 
 

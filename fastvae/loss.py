@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from .ops.api import elbo_from_spec
+from .ops.api import elbo_from_spec, elbo_with_gradients
 from .ops.checks import check_scale, make_spec
 from .ops.types import ELBOTerms, FreeBitsForm, Impl, Inputs, Likelihood, Reduction, Spec
 
@@ -92,6 +92,26 @@ class ELBOLoss(nn.Module):
     ) -> ELBOTerms:
         """The loss and its two terms, each differentiable; `recon` and `kl` do not contain beta."""
         return self._elbo(Inputs(x_hat, x, mu, logvar, kl, weight, self.beta), self.spec)
+
+    def terms_and_gradients(
+        self,
+        x_hat: Tensor,
+        x: Tensor,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = None,
+        *,
+        kl: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> tuple[ELBOTerms, list[tuple[Tensor, Tensor]]]:
+        """`terms` of a scalar loss, and where its backward begins: tensors, each with the loss's gradient.
+
+        For `torch.autograd.backward(tensors, gradients)`. On the CPU these are x_hat and what else the loss
+        depends on, whose gradients are made in the same pass as the terms; else the loss itself.
+        """
+        inputs = Inputs(x_hat, x, mu, logvar, kl, weight, self.beta)
+        return elbo_with_gradients(
+            inputs, self.log_variance, self.log_scale, self.spec, self.process_group, self.impl
+        )
 
     def _elbo(self, inputs: Inputs, spec: Spec) -> ELBOTerms:
         return elbo_from_spec(inputs, self.log_variance, self.log_scale, spec, self.process_group, self.impl)

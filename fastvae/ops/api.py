@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import totals
 from .checks import check_scale, elbo_extents, latent_extents, make_spec, scale_form
-from .dispatch import run, seed_for
-from .types import ELBOTerms, Extents, FreeBitsForm, Impl, Inputs, Likelihood, Reduction, Spec
+from .dispatch import run, run_with_gradients, seed_for
+from .types import ELBOTerms, Extents, Forward, FreeBitsForm, Impl, Inputs, Likelihood, Reduction, Spec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,14 +108,27 @@ def elbo_from_spec(
     impl: Impl,
 ) -> ELBOTerms:
     """`elbo` with its choices already checked."""
-    call = _prepare(inputs, log_variance, log_scale, spec, process_group, impl)
-    if inputs.kl is not None and spec.kl_reduction == "mean":
-        raise ValueError(
-            'kl_reduction: got "mean" with kl given, which does not say the number of latents to divide by; '
-            "give mu and logvar instead, or another reduction"
-        )
-    loss, recon, kl = cast("tuple[Tensor, Tensor, Tensor]", run(*call[:3], impl)[:3])
-    return ELBOTerms(loss if call.floor is None else loss + call.floor, recon, kl)
+    call = _prepare_loss(inputs, log_variance, log_scale, spec, process_group, impl)
+    return _terms(run(*call[:3], impl), call.floor)
+
+
+def elbo_with_gradients(
+    inputs: Inputs,
+    log_variance: float | Tensor | str,
+    log_scale: float | Tensor,
+    spec: Spec,
+    process_group: ProcessGroup | None,
+    impl: Impl,
+) -> tuple[ELBOTerms, list[tuple[Tensor, Tensor]]]:
+    """`elbo_from_spec` of a scalar loss, and where its backward begins: tensors, each with its gradient."""
+    call = _prepare_loss(inputs, log_variance, log_scale, spec, process_group, impl)
+    result, roots = run_with_gradients(*call[:3], impl)
+    return _terms(result, call.floor), roots
+
+
+def _terms(result: Forward, floor: Tensor | None) -> ELBOTerms:
+    loss, recon, kl = cast("tuple[Tensor, Tensor, Tensor]", result[:3])
+    return ELBOTerms(loss if floor is None else loss + floor, recon, kl)
 
 
 class _Call(NamedTuple):
@@ -125,6 +138,23 @@ class _Call(NamedTuple):
     spec: Spec
     extents: Extents
     floor: Tensor | None
+
+
+def _prepare_loss(
+    inputs: Inputs,
+    log_variance: float | Tensor | str,
+    log_scale: float | Tensor,
+    spec: Spec,
+    process_group: ProcessGroup | None,
+    impl: Impl,
+) -> _Call:
+    """`_prepare` for a loss that may have its KL given."""
+    if inputs.kl is not None and spec.kl_reduction == "mean":
+        raise ValueError(
+            'kl_reduction: got "mean" with kl given, which does not say the number of latents to divide by; '
+            "give mu and logvar instead, or another reduction"
+        )
+    return _prepare(inputs, log_variance, log_scale, spec, process_group, impl)
 
 
 def _prepare(

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import library, reference
 from .autograd import fused_elbo
 from .checks import check_choice
-from .types import Extents, Forward, Impl, Inputs, Spec
+from .types import Extents, Forward, Impl, Inputs, Needs, Spec
 
 _IMPLS = ("auto", "reference", "native", "triton")
 
@@ -51,6 +51,29 @@ def run(inputs: Inputs, spec: Spec, extents: Extents, impl: Impl) -> Forward:
     return fused_elbo(inputs, spec, extents, kernels)
 
 
+def run_with_gradients(
+    inputs: Inputs, spec: Spec, extents: Extents, impl: Impl
+) -> tuple[Forward, list[tuple[Tensor, Tensor]]]:
+    """A scalar loss, and tensors it depends on with its gradients there: where backward may begin.
+
+    These are the inputs where an implementation makes their gradients together with the loss, which is then
+    no root of backward itself; else the loss.
+    """
+    kernels = _kernels(impl, inputs, spec)
+    differentiable = (inputs.x_hat, inputs.mu, inputs.logvar, inputs.kl, inputs.log_scale)
+    needs = Needs(*(isinstance(t, Tensor) and t.requires_grad for t in differentiable))
+    others = any(isinstance(t, Tensor) and t.requires_grad for t in (inputs.x, inputs.weight, inputs.beta))
+    if kernels is reference or not kernels.GRADIENTS_IN_FORWARD or others:
+        result = run(inputs, spec, extents, impl)
+        assert result.loss is not None
+        return result, [(result.loss, torch.ones_like(result.loss))]
+    function = library.forward_and_gradients if library.is_watched() else kernels.forward_and_gradients
+    with torch.no_grad():
+        result, gradients = function(inputs, spec, extents, needs)
+    roots = zip(differentiable, gradients, strict=True)
+    return result, [(t, g) for t, g in roots if isinstance(t, Tensor) and g is not None]
+
+
 def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents, impl: Impl) -> Tensor:
     """The KL of each latent, [Z], summed over the batch with its weights; without a gradient."""
     kernels = _kernels(impl, inputs, spec)
@@ -62,16 +85,11 @@ def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents, impl: Impl) -> 
     return sums
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """64 random bits from torch's generator on `device`, as an int64 tensor there."""
-    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), 2**63 - 1, generator=generator)
-
-
 def seed_for(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """`draw_seed` on the device of `like`, as an op where operations are watched."""
+    """64 random bits from a generator on the device of `like`; None is torch's own."""
     if generator is None and library.is_watched():
         return library.draw_seed(like)
-    return draw_seed(like.device, generator)
+    return library.random_bits(like.device, generator)
 
 
 def _kernels(impl: Impl, inputs: Inputs, spec: Spec) -> ModuleType:

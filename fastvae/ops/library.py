@@ -5,6 +5,8 @@ Used only while somebody watches operations: else an op's dispatch costs more th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .types import Extents, Forward, Inputs, Needs, Spec
+from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 _INPUTS = (
     "Tensor? x_hat, Tensor? x, Tensor? mu, Tensor? logvar, Tensor? kl, Tensor? weight, Tensor? beta, "
@@ -22,10 +24,12 @@ _INPUTS = (
 )
 _GRADIENTS = "Tensor? g_loss, Tensor? g_recon, Tensor? g_kl, Tensor? g_z, Tensor? g_kl_rows, bool[] needs"
 _TENSORS = 9  # the leading tensors of _INPUTS
+_ARGUMENTS = 24  # all of them
 
 _library = torch.library.Library("fastvae", "DEF")
 _library.define(f"forward({_INPUTS}) -> Tensor[]")
 _library.define(f"backward({_INPUTS}, {_GRADIENTS}) -> Tensor[]")
+_library.define(f"forward_and_gradients({_INPUTS}, bool[] needs) -> Tensor[]")
 _library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
@@ -36,12 +40,31 @@ def is_watched() -> bool:
 
 def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     """ops.autograd.fused_elbo as an op that is seen."""
+    outputs = torch.ops.fastvae.forward(*_flat(inputs, spec, extents))
+    loss, recon, kl_term = outputs[:3] if spec.likelihood else (None, None, None)
+    z, kl_rows = outputs[-2:] if spec.sample else (None, None)
+    return Forward(loss, recon, kl_term, z, kl_rows)
+
+
+def forward_and_gradients(
+    inputs: Inputs, spec: Spec, extents: Extents, needs: Needs
+) -> tuple[Forward, Gradients]:
+    """The function of that name of ops.native as an op that is seen; of a loss, without a gradient."""
+    loss, recon, kl_term, *found = torch.ops.fastvae.forward_and_gradients(
+        *_flat(inputs, replace(spec, terms=True), extents), list(needs)
+    )
+    gradients = iter(found)
+    return Forward(loss, recon, kl_term), Gradients(*(next(gradients) if n else None for n in needs))
+
+
+def _flat(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Any, ...]:
+    """The arguments of an op."""
     seed = inputs.seed
     if isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=inputs.like.device)
     beta, beta_value = _split(inputs.beta)
     log_scale, log_scale_value = _split(inputs.log_scale)
-    outputs = torch.ops.fastvae.forward(
+    return (
         *inputs._replace(beta=beta, log_scale=log_scale, seed=seed),
         beta_value,
         log_scale_value,
@@ -59,15 +82,21 @@ def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
         spec.free_bits_form,
         spec.scale_form,
     )
-    loss, recon, kl_term = outputs[:3] if spec.likelihood else (None, None, None)
-    z, kl_rows = outputs[-2:] if spec.sample else (None, None)
-    return Forward(loss, recon, kl_term, z, kl_rows)
 
 
 def draw_seed(like: Tensor) -> Tensor:
-    """64 random bits from torch's generator on `like`'s device, as in eager mode."""
+    """64 random bits from torch's generator on `like`'s device, as an op that is seen."""
     seed: Tensor = torch.ops.fastvae.draw_seed(like)
     return seed
+
+
+def _draw_seed(like: Tensor) -> Tensor:
+    return random_bits(like.device)
+
+
+def random_bits(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """64 random bits from torch's generator on `device`, as an int64 tensor there."""
+    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), 2**63 - 1, generator=generator)
 
 
 def _split(value: float | Tensor) -> tuple[Any, float]:
@@ -75,41 +104,83 @@ def _split(value: float | Tensor) -> tuple[Any, float]:
     return (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
 
 
-def _call(arguments: tuple[Any, ...]) -> tuple[ModuleType, Inputs, Spec, Extents]:
-    """An op's arguments as those of an implementation, and which one."""
-    tensors = list(arguments[:_TENSORS])
-    beta_value, log_scale_value, extents, *choices = arguments[_TENSORS:]
-    for place, number in ((6, beta_value), (7, log_scale_value)):
-        if tensors[place] is None:
-            tensors[place] = number
-    inputs = Inputs(*tensors)
+def bind(op: Any, arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """An op's implementation as a function of the tensors among its arguments alone, and these.
+
+    Without dispatcher and gradient, and with all else prepared: for calls that differ in their tensors.
+    """
+    if op is _OPS.draw_seed.default:
+        return _draw_seed, arguments
+    tensors, (beta, log_scale, extents, *choices) = arguments[:_TENSORS], arguments[_TENSORS:_ARGUMENTS]
+    rest = arguments[_ARGUMENTS:]
     if choices[4] is not None:  # logvar_clamp
         choices[4] = tuple(choices[4])
-    spec = Spec(*choices)
+    call = _Call(_kernels(tensors), beta, log_scale, Extents(*extents), Spec(*choices), rest[-1:])
+    if op is _OPS.backward.default:
+        return call.backward, (*tensors, *rest[:-1])
+    return call.forward if op is _OPS.forward.default else call.forward_and_gradients, tensors
+
+
+class _Call:
+    """What of an op's arguments is no tensor."""
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        beta: float,
+        log_scale: float,
+        extents: Extents,
+        spec: Spec,
+        needs: tuple[list[bool], ...],
+    ) -> None:
+        self.kernels, self.beta, self.log_scale, self.extents, self.spec = (
+            kernels,
+            beta,
+            log_scale,
+            extents,
+            spec,
+        )
+        self.needs = Needs(*needs[0]) if needs else None
+
+    def forward(self, *tensors: Any) -> list[Tensor]:
+        return _given(self.kernels.forward(self._inputs(tensors), self.spec, self.extents))
+
+    def forward_and_gradients(self, *tensors: Any) -> list[Tensor]:
+        inputs = self._inputs(tensors)
+        values, gradients = self.kernels.forward_and_gradients(inputs, self.spec, self.extents, self.needs)
+        return _given((*values, *gradients))
+
+    def backward(self, *tensors: Any) -> list[Tensor]:
+        inputs, upstream = self._inputs(tensors[:_TENSORS]), Forward(*tensors[_TENSORS:])
+        return _given(self.kernels.backward(inputs, self.spec, self.extents, upstream, self.needs))
+
+    def _inputs(self, tensors: tuple[Any, ...]) -> Inputs:
+        x_hat, x, mu, logvar, kl, weight, beta, log_scale, seed = tensors
+        return Inputs(
+            x_hat, x, mu, logvar, kl, weight,
+            self.beta if beta is None else beta, self.log_scale if log_scale is None else log_scale, seed,
+        )  # fmt: skip
+
+
+def _kernels(tensors: tuple[Any, ...]) -> ModuleType:
     kernels: ModuleType
-    if inputs.like.device.type == "cpu":
+    if Inputs(*tensors).like.device.type == "cpu":
         from . import native as kernels
     else:
         from . import triton as kernels
-    return kernels, inputs, spec, Extents(*extents)
+    return kernels
 
 
-def _forward(*arguments: Any) -> list[Tensor]:
-    kernels, *call = _call(arguments)
-    return [t for t in kernels.forward(*call) if t is not None]
+def _given(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
 
 
-def _backward(*arguments: Any) -> list[Tensor]:
-    kernels, *call = _call(arguments[:-6])
-    *upstream, needs = arguments[-6:]
-    gradients = kernels.backward(*call, Forward(*upstream), Needs(*needs))
-    return [t for t in gradients if t is not None]
+def _implementation(op: Any) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        function, tensors = bind(op, arguments)
+        return function(*tensors)
 
-
-def _draw_seed(like: Tensor) -> Tensor:
-    from .dispatch import draw_seed as eager
-
-    return eager(like.device)
+    return run
 
 
 def _forward_meta(*arguments: Any) -> list[Tensor]:
@@ -165,20 +236,22 @@ def _gradient(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
     return (*gradients, *(None for _ in ctx.rest))
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _device)
-    _library.impl("backward", _backward, _device)
-    _library.impl("draw_seed", _draw_seed, _device)
+_OPS = torch.ops.fastvae
+OPS = {
+    _OPS.forward.default,
+    _OPS.backward.default,
+    _OPS.forward_and_gradients.default,
+    _OPS.draw_seed.default,
+}
+for _op in OPS:
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_op.name(), _implementation(_op), _device)
 torch.library.register_fake("fastvae::forward", _forward_meta, lib=_library)
 torch.library.register_fake("fastvae::backward", _backward_meta, lib=_library)
+torch.library.register_fake(
+    "fastvae::forward_and_gradients", lambda *a: _forward_meta(*a) + _backward_meta(*a), lib=_library
+)
 torch.library.register_fake(
     "fastvae::draw_seed", lambda like: like.new_empty((), dtype=torch.int64), lib=_library
 )
 torch.library.register_autograd("fastvae::forward", _gradient, setup_context=_setup_context, lib=_library)
-
-# The same without dispatcher and gradient, for who records operations.
-IMPLEMENTATIONS = {
-    torch.ops.fastvae.forward.default: _forward,
-    torch.ops.fastvae.backward.default: _backward,
-    torch.ops.fastvae.draw_seed.default: _draw_seed,
-}

@@ -109,7 +109,7 @@ class TrainStep:
         """The loss and its terms; their gradients arrive at the leaves."""
         if self._tapes is None:
             with self.weights.lent():
-                terms = self._terms(x)
+                terms = self.loss.terms(**self._loss_arguments(x))
                 self.optimizer.backward(terms.loss)
             return terms
         kind = x.shape, x.dtype
@@ -127,20 +127,21 @@ class TrainStep:
             leaf.grad = gradient
         return ELBOTerms(loss, recon, kl)
 
-    def _terms(self, x: Tensor) -> ELBOTerms:
-        spec = self.loss.spec
+    def _loss_arguments(self, x: Tensor) -> dict[str, Tensor]:
+        """What the loss is computed from."""
         with self._autocast:
             mu, logvar = self.model.encode(x)
-            logvar = clamp_logvar(logvar, spec)
+            logvar = clamp_logvar(logvar, self.loss.spec)
             z, kl = sample_and_kl(mu, logvar)
             x_hat = self.model.decode(z)
-        if spec.free_bits is None:
-            return self.loss.terms(x_hat, x, kl=kl)
-        return self.loss.terms(x_hat, x, mu, logvar)  # free bits need the KL of each latent
+        if self.loss.spec.free_bits is None:
+            return {"x_hat": x_hat, "x": x, "kl": kl}
+        return {"x_hat": x_hat, "x": x, "mu": mu, "logvar": logvar}  # free bits need the KL of each latent
 
     def _terms_and_gradients(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        terms = self._terms(x)
-        return (*terms, *torch.autograd.grad(terms.loss, self._leaves, allow_unused=True))
+        terms, roots = self.loss.terms_and_gradients(**self._loss_arguments(x))
+        tensors, gradients = zip(*roots, strict=True)
+        return (*terms, *torch.autograd.grad(tensors, self._leaves, gradients, allow_unused=True))
 
     def _new_tapes(self) -> dict[Any, Tape] | None:
         """A tape for each shape of x; None where steps run as they are written."""

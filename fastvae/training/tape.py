@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from ..ops import library
 
 _aten = torch.ops.aten
-_SAME_TENSOR = {_aten.detach.default, _aten.alias.default}  # once no autograd looks on
+_SAME_TENSOR = {_aten.detach.default, _aten.alias.default}  # where no autograd looks on
 
 
 class Tape:
@@ -52,7 +52,7 @@ def is_recordable(*modules: nn.Module) -> bool:
     So do the layers of torch and the models here, without hooks; of other code nothing is known.
     """
     return all(
-        type(module).__module__.partition(".")[0] in ("torch", "fastvae")
+        type(module).__module__.startswith(("torch.nn.", "fastvae."))
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
         for top in modules
         for module in top.modules()
@@ -74,18 +74,26 @@ class _Recorder(TorchDispatchMode):
             self._add(tensor, self._graph.placeholder(f"input_{i}"))
         self._last_placeholder = next(reversed(self._graph.nodes))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which would import torch._dynamo, for a second and more
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         tensors = [t for t in _tensors((args, kwargs)) if id(t) in self._made]
-        if func in _SAME_TENSOR and tensors:
+        if tensors and (
+            func in _SAME_TENSOR or (func is _aten.view.default and result.shape == args[0].shape)
+        ):
             self._add(result, self._made[id(tensors[0])])
         elif not (func.is_view and not tensors):  # a view of a constant is a constant
+            given = list(_tensors((args, kwargs)))
+            if func in library.OPS:
+                func, args = library.bind(func, args)
             arguments = tree_map_only(Tensor, self._node, (args, dict(kwargs)))
-            node = self._graph.call_function(library.IMPLEMENTATIONS.get(func, func), *arguments)
-            self._add_result(result, node, list(_tensors((args, kwargs))))
+            self._add_result(result, self._graph.call_function(func, *arguments), given)
         return result
 
     def tape(self, outputs: Sequence[Tensor | None]) -> Tape | None:
