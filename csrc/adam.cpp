@@ -155,6 +155,48 @@ double squares_range(const AdamPart& part, std::int64_t first, std::int64_t n) {
     }
 }
 
+// The largest exponent of a block, in place in the bits: all ones for inf and NaN. As signed integers, which
+// every instruction set compares.
+template <class Bits>
+[[gnu::always_inline]] inline Bits largest_exponent(std::int64_t n, const Bits* __restrict gradient, Bits exponent) {
+    Bits largest = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+        const Bits bits = gradient[i] & exponent;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+template <class Bits>
+bool finite_baseline(std::int64_t n, const Bits* gradient, Bits exponent) {
+    return largest_exponent(n, gradient, exponent) != exponent;
+}
+
+#if defined(__x86_64__)
+template <class Bits>
+[[gnu::target("avx2")]] bool finite_avx2(std::int64_t n, const Bits* gradient, Bits exponent) {
+    return largest_exponent(n, gradient, exponent) != exponent;
+}
+#endif
+
+template <class Bits>
+bool finite_range(const AdamPart& part, std::int64_t first, std::int64_t n, Bits exponent) {
+    const Bits* gradient = static_cast<const Bits*>(part.gradient) + first;
+#if defined(__x86_64__)
+    static const bool has_avx2 = instruction_sets().front().name.rfind("avx", 0) == 0;
+    if (has_avx2) return finite_avx2(n, gradient, exponent);
+#endif
+    return finite_baseline(n, gradient, exponent);
+}
+
+bool finite_range(const AdamPart& part, std::int64_t first, std::int64_t n) {
+    switch (part.gradient_dtype) {
+        case DType::bfloat16: return finite_range<std::int16_t>(part, first, n, 0x7f80);
+        case DType::float16: return finite_range<std::int16_t>(part, first, n, 0x7c00);
+        default: return finite_range<std::int32_t>(part, first, n, 0x7f800000);
+    }
+}
+
 }  // namespace
 
 void update(const Adam& adam, const std::vector<AdamPart>& parts, int threads) {
@@ -165,6 +207,18 @@ void update(const Adam& adam, const std::vector<AdamPart>& parts, int threads) {
         for (std::int64_t b = 0; b < chunks(part.n, block); ++b)
             update_range(factors, part, b * block, std::min(block, part.n - b * block));
     }
+}
+
+std::int64_t first_not_finite(const std::vector<AdamPart>& parts, int threads) {
+    auto first = static_cast<std::int64_t>(parts.size());
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : first)
+    for (std::size_t p = 0; p < parts.size(); ++p) {
+#pragma omp for schedule(static) nowait
+        for (std::int64_t b = 0; b < chunks(parts[p].n, block); ++b)
+            if (!finite_range(parts[p], b * block, std::min(block, parts[p].n - b * block)))
+                first = std::min(first, static_cast<std::int64_t>(p));
+    }
+    return first;
 }
 
 double sum_of_squares(const std::vector<AdamPart>& parts, int threads) {

@@ -29,6 +29,9 @@ struct Adam {
 // The result does not depend on `threads` or on the instruction set.
 void update(const Adam& adam, const std::vector<AdamPart>& parts, int threads);
 
+// The first part whose gradient has an inf or a NaN; the number of parts if none has.
+std::int64_t first_not_finite(const std::vector<AdamPart>& parts, int threads);
+
 // The sum of the squares of all gradients; neither does it depend on these.
 double sum_of_squares(const std::vector<AdamPart>& parts, int threads);
 

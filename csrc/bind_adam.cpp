@@ -49,6 +49,12 @@ void adam(
     update({lr, beta1, beta2, eps, weight_decay, step, gradient_factor}, checked_parts, threads);
 }
 
+std::int64_t not_finite(const std::vector<Part>& parts, int threads) {
+    const auto checked_parts = checked(parts, threads);
+    const py::gil_scoped_release release;
+    return first_not_finite(checked_parts, threads);
+}
+
 // As torch.nn.utils.clip_grad_norm_ has it; NaN where the norm is NaN.
 double clip_factor(const std::vector<Part>& parts, double max_norm, int threads) {
     const auto checked_parts = checked(parts, threads);
@@ -65,6 +71,9 @@ void bind_adam(py::module_& m) {
         py::arg("eps"), py::arg("weight_decay"), py::arg("gradient_factor"), py::arg("threads"),
         "One step of Adam, in place. A part is (n, gradient, its dtype, weight, mean, square, copy, its dtype),\n"
         "with addresses as integers, and 0 for no copy.");
+    m.def(
+        "first_not_finite", &not_finite, py::arg("parts"), py::arg("threads"),
+        "The index of the first part whose gradient has an inf or a NaN; the number of parts if none has.");
     m.def(
         "clip_factor", &clip_factor, py::arg("parts"), py::arg("max_norm"), py::arg("threads"),
         "The factor, at most 1, that brings the norm of the gradients of all parts to max_norm.");

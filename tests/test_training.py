@@ -17,7 +17,7 @@ from fastvae.training.device import choose_amp_dtype, choose_device
 from fastvae.training.optimizer import LOG_VARIANCE_LR_FACTOR, FusedAdam, make_optimizer
 from fastvae.training.schedules import kl_factor, lr_factor
 from fastvae.training.step import TrainStep
-from fastvae.training.trainer import Trainer, TrainingError
+from fastvae.training.trainer import Trainer
 from fastvae.training.weights import FlatWeights
 
 NOISE = 0.3  # standard deviation of what two latents cannot explain
@@ -123,13 +123,6 @@ def test_beta_weighs_the_kl(data):
     assert histories[0][-1]["train_kl"] > histories[1][-1]["train_kl"]
     row = histories[1][-1]
     assert row["val_loss"] == pytest.approx(row["val_recon"] + 10 * row["val_kl"], rel=1e-4)
-
-
-def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(data, tmp_path):
-    message = r"loss is not finite in epoch 1, found at step [1-8]: .*lower --lr"
-    with pytest.raises(TrainingError, match=message):
-        _fit(data, lr=1e30, out=str(tmp_path))
-    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_an_interrupt_leaves_the_last_epoch(data, tmp_path):
@@ -494,7 +487,7 @@ def test_the_first_step_of_a_kl_warmup_has_no_kl(data, schedule, monkeypatch, se
     loss = _loss(model, config)
     step = TrainStep.from_config(model, loss, config, 100, torch.float32)
     found = []
-    monkeypatch.setattr(step.optimizer, "step", lambda: found.extend(p.grad for p in model.parameters()))
+    monkeypatch.setattr(step.optimizer, "step", lambda _: found.extend(p.grad for p in model.parameters()))
     torch.manual_seed(seed)
     step(x)
     total, recon_term, kl = step.averages()

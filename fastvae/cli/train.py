@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         "epochs": len(result.history),
         "best_epoch": result.best["epoch"],
         "steps": result.steps,
+        "skipped_steps": result.history[-1]["skipped_steps"],
         "seconds": result.seconds,
         "samples_per_second": result.samples_per_second,
         "device": trainer.device.type,

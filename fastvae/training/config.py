@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+DEFAULT_MAX_SKIPPED = 10
+
 
 class ConfigError(ValueError):
     """An option that does not exist or has no such value; `option` is its name in TrainConfig."""
@@ -127,6 +129,14 @@ class TrainConfig(BaseModel):
     clip_norm: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="largest norm of all gradients together (default: any)"
     )
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="when a loss or gradient is not finite: end the run, or skip the step"
+    )
+    max_skipped_steps: int | None = Field(
+        None,
+        ge=1,
+        description=f"steps in a row that --non-finite skip skips (default: {DEFAULT_MAX_SKIPPED})",
+    )
     amp: bool = Field(False, description="compute in bf16, or fp16, where the device is made for it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     seed: int = Field(0, ge=0, lt=2**63, description="makes the run repeatable")
@@ -159,6 +169,9 @@ class TrainConfig(BaseModel):
             raise ConfigError("kl_warmup_steps", f"{got}, expected it with linear, cosine or cyclical")
         if self.kl_warmup_steps == 1 and self.kl_warmup == "cyclical":
             raise ConfigError("kl_warmup_steps", "got 1 with kl_warmup cyclical, expected at least 2 a cycle")
+        if self.max_skipped_steps is not None and self.non_finite != "skip":
+            got = f"got {self.max_skipped_steps} with non_finite {self.non_finite}"
+            raise ConfigError("max_skipped_steps", f"{got}, expected it with skip only")
         if self.free_bits_form != "batch" and self.free_bits is None:
             got = f"got {self.free_bits_form} without free_bits"
             raise ConfigError("free_bits_form", f"{got}, expected it with free_bits only")

@@ -7,6 +7,7 @@ difficulty of training recurrent neural networks".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _native
+from ..ops import ELBOTerms
 from ..ops.native import DTYPE_CODES
+from .numbers import Finding
 from .weights import FlatWeights
 
 BETAS, EPS, ADAMW_WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.01
@@ -23,6 +26,8 @@ BETAS, EPS, ADAMW_WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.01
 # have hundredths.
 LOG_VARIANCE_LR_FACTOR = 10.0
 
+# with a smaller scale even a gradient of 1 is 0 in float16
+LEAST_SCALE = 2.0**-24
 
 # size, gradient and its dtype, weight, moments, copy and its dtype: addresses for csrc/bind_adam.cpp
 _Part = tuple[int, int, int, int, int, int, int, int]
@@ -37,8 +42,14 @@ class Optimizer(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of `loss`."""
 
-    def step(self) -> None:
-        """Update the weights by their gradients, which are used up."""
+    def step(self, terms: ELBOTerms | None = None) -> None:
+        """Update the weights by their gradients, which are used up; `terms` are those of their loss.
+
+        Where the loss or a gradient is not finite, nothing changes but the `findings`.
+        """
+
+    def findings(self) -> list[Finding | None]:
+        """What was not finite in each step since the last call; waits for the device."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, beside weights and options; what is no tensor in 0-d ones."""
@@ -90,6 +101,7 @@ class NativeAdam:
         self.weight_decay = weight_decay
         self.clip_norm = clip_norm
         self.steps = 0
+        self._findings: list[Finding | None] = []
         self.mean, self.square = (torch.zeros_like(weights.flat.detach()) for _ in range(2))
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in learned_by_loss]
 
@@ -101,9 +113,20 @@ class NativeAdam:
         """Compute the gradients of `loss`."""
         loss.backward()
 
-    def step(self) -> None:
-        """Update the weights by their gradients; those without a gradient stay."""
-        self.steps += 1
+    def step(self, terms: ELBOTerms | None = None) -> None:
+        """Update the weights by their gradients; those without a gradient stay.
+
+        Where the loss or a gradient is not finite, nothing changes but the `findings`.
+        """
+        finding = self._update(terms)
+        self._findings.append(finding)
+        for parameter in (*self.weights.leaves, *self.learned_by_loss):
+            parameter.grad = None
+
+    def _update(self, terms: ELBOTerms | None) -> Finding | None:
+        """One step, unless something is not finite."""
+        if terms is not None and not math.isfinite(terms.loss.item()):
+            return _finding(terms)
         weights, copies = self.weights, self.weights.copies
         at, mean_at, square_at = (t.data_ptr() for t in (weights.flat, self.mean, self.square))
         copy_at, copy_size, copy_code = 0, 0, DTYPE_CODES[torch.float32]
@@ -111,20 +134,23 @@ class NativeAdam:
             copy_at, copy_size, copy_code = copies.data_ptr(), copies.itemsize, DTYPE_CODES[copies.dtype]
         parts: list[_Part] = []
         gradients = []
-        for leaf, offset in zip(weights.leaves, weights.offsets, strict=True):
+        indices = []
+        for i, (leaf, offset) in enumerate(zip(weights.leaves, weights.offsets, strict=True)):
             if leaf.grad is None:
                 continue
             gradient = leaf.grad.contiguous()
             gradients.append(gradient)  # alive while its address is in use
-            leaf.grad = None
+            indices.append(i)
             places = at + 4 * offset, mean_at + 4 * offset, square_at + 4 * offset
             code = DTYPE_CODES[gradient.dtype]
             copy = copy_at + copy_size * offset
             parts.append((gradient.numel(), gradient.data_ptr(), code, *places, copy, copy_code))
         learned: list[_Part] = []
-        for parameter, (mean, square) in zip(self.learned_by_loss, self._moments, strict=True):
+        learned_moments = zip(self.learned_by_loss, self._moments, strict=True)
+        for i, (parameter, (mean, square)) in enumerate(learned_moments, len(weights.leaves)):
             if parameter.grad is None:
                 continue
+            indices.append(i)
             places = parameter.data_ptr(), mean.data_ptr(), square.data_ptr()
             code = DTYPE_CODES[parameter.grad.dtype]
             learned.append((parameter.numel(), parameter.grad.data_ptr(), code, *places, 0, code))
@@ -133,14 +159,24 @@ class NativeAdam:
         factor = 1.0
         if self.clip_norm is not None:
             factor = _native.clip_factor(parts + learned, self.clip_norm, threads)
+        # whose norm is finite where each gradient is
+        if self.clip_norm is None or not factor > 0:
+            bad = _native.first_not_finite(parts + learned, threads)
+            if bad < len(indices):
+                return _finding(terms, indices[bad])
+        self.steps += 1
         for group, lr, weight_decay in (
             (parts, self.lr, self.weight_decay),
             (learned, self.lr * LOG_VARIANCE_LR_FACTOR, 0.0),
         ):
             if group:
                 _native.adam(group, self.steps, lr, *BETAS, EPS, weight_decay, factor, threads)
-        for parameter in self.learned_by_loss:
-            parameter.grad = None
+        return None
+
+    def findings(self) -> list[Finding | None]:
+        """What was not finite in each step since the last call."""
+        found, self._findings = self._findings, []
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments, and the number of steps."""
@@ -159,7 +195,8 @@ class NativeAdam:
 class FusedAdam:
     """torch's fused Adam or AdamW over the flat weights; with a GradScaler for float16.
 
-    The learning rates are tensors on the device, changed in place: a captured graph reads them anew.
+    The learning rates are tensors on the device, changed in place: a captured graph reads them anew. So is
+    what Adam is told not to apply a step by.
     """
 
     def __init__(
@@ -181,6 +218,8 @@ class FusedAdam:
         ]
         self.adam = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
         self.scaler = torch.amp.GradScaler(device.type) if _is_half(weights) else None
+        self._found, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        self._kept: list[tuple[ELBOTerms | None, Tensor]] = []
 
     def set_lr(self, lr: float) -> None:
         """Use another learning rate from the next `step` on."""
@@ -191,13 +230,14 @@ class FusedAdam:
         """Compute the gradients of `loss`, scaled where float16 would lose them."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def step(self) -> None:
-        """Update the weights by their gradients; with a scaler, unless these overflowed."""
+    def step(self, terms: ELBOTerms | None = None) -> None:
+        """Update the weights by their gradients; not where these or the loss are not finite."""
         self.weights.gather_gradients()
+        self._kept.append((terms, self._look(terms)))
         if self.clip_norm is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self.adam)
-            torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
+            self._clip(self.clip_norm)
         if self.scaler is None:
             self.adam.step()
         else:
@@ -207,6 +247,50 @@ class FusedAdam:
         for group in self.adam.param_groups[1:]:
             for parameter in group["params"]:
                 parameter.grad = None
+
+    @torch.no_grad()
+    def _look(self, terms: ELBOTerms | None) -> Tensor:
+        """The loss, and the largest element of each gradient; Adam hears of what is not finite."""
+        gradients = [*self.weights.gradients, *(p.grad for p in self._parameters[1:] if p.grad is not None)]
+        loss = self._one if terms is None else terms.loss.detach().float()
+        largest = torch.stack([loss, *torch._foreach_norm(gradients, math.inf)])
+        if self.scaler is None:
+            self._found.zero_()
+            # the scaler's own test, in one launch
+            torch._amp_foreach_non_finite_check_and_unscale_([largest], self._found, self._one)
+            self.adam.found_inf = self._found  # type: ignore[attr-defined]
+        else:
+            # which makes a gradient not a number, as the scaler looks at these alone
+            self._parameters[0].grad[:1].add_(loss * 0)  # type: ignore[index]
+        return largest
+
+    @torch.no_grad()
+    def _clip(self, max_norm: float) -> None:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        # a factor that is not a number would stay in the flat gradient, between those of the parameters
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1).nan_to_num(0.0)
+        torch._foreach_mul_(gradients, factor)
+
+    def findings(self) -> list[Finding | None]:
+        """What was not finite in each step since the last call; waits for the device.
+
+        With a scaler, gradients that overflow are no matter while there is a smaller scale to try.
+        """
+        if not self._kept:
+            return []
+        kept, self._kept = self._kept, []
+        finite = torch.stack([largest for _, largest in kept]).isfinite().tolist()
+        overflow = self.scaler is not None and self.scaler.get_scale() >= LEAST_SCALE
+        found: list[Finding | None] = []
+        for (terms, _), (of_loss, *of_gradients) in zip(kept, finite, strict=True):
+            if not of_loss:
+                found.append(_finding(terms))
+            elif not all(of_gradients):
+                found.append(_finding(terms, of_gradients.index(False), overflow))
+            else:
+                found.append(None)
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments and the numbers of steps, and the scale of the gradients."""
@@ -235,6 +319,10 @@ class FusedAdam:
 
     def _updated(self) -> list[nn.Parameter]:
         return [parameter for group in self.adam.param_groups for parameter in group["params"]]
+
+
+def _finding(terms: ELBOTerms | None, parameter: int | None = None, overflow: bool = False) -> Finding:
+    return Finding(() if terms is None else tuple(term.item() for term in terms), parameter, overflow)
 
 
 def _is_half(weights: FlatWeights) -> bool:

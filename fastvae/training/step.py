@@ -14,7 +14,8 @@ from ..loss import ELBOLoss
 from ..models import VAE
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.reference import clamp_logvar
-from .config import TrainConfig
+from .config import DEFAULT_MAX_SKIPPED, TrainConfig
+from .numbers import SkippedSteps
 from .optimizer import NativeAdam, make_optimizer
 from .schedules import kl_factor, lr_factor
 from .tape import Tape, is_recordable, record
@@ -30,10 +31,13 @@ class TrainStep:
     clip_norm: the largest norm of all gradients together; None does not clip.
     amp_dtype: of the matrix products; the weights, the KL and the loss stay float32. float16 scales the
         gradients (torch.amp.GradScaler) and leaves out steps whose gradients overflow.
+    max_skipped: a step whose loss or gradient is not finite is not applied; more than so many in a row raise
+        NonFiniteError: at once on a CPU, elsewhere when the averages are read.
     lr_factor, kl_factor: the factors of `lr` and of the loss's beta in each step, counted from 0; None is 1.
         `loss` itself keeps its beta.
     steps: how many were made, which is all the state that the schedules have.
     count: the data trained on since `reset`.
+    skipped: what is known of steps that were not applied.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class TrainStep:
         weight_decay: float | None = None,
         clip_norm: float | None = None,
         amp_dtype: torch.dtype = torch.float32,
+        max_skipped: int = 0,
         lr_factor: Callable[[int], float] | None = None,
         kl_factor: Callable[[int], float] | None = None,
     ) -> None:
@@ -59,14 +64,18 @@ class TrainStep:
             self.loss, self._beta = _with_own_beta(loss, device)
             self._full_beta = self._beta.clone()
         learned_by_loss = list(self.loss.parameters())
+        names_of_loss = [name for name, _ in self.loss.named_parameters()]
         self.weights = FlatWeights(model, amp_dtype, exclude=learned_by_loss)
         self.optimizer = make_optimizer(self.weights, learned_by_loss, optimizer, lr, weight_decay, clip_norm)
+        self.skipped = SkippedSteps(max_skipped, [*self.weights.names, *names_of_loss])
+        self._checks_each_step = isinstance(self.optimizer, NativeAdam)  # which is not waited for
         self._autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
         self._leaves = [*self.weights.leaves, *learned_by_loss]
         self._tapes = self._new_tapes()
         self._kept: list[Tensor] = []
         self._sizes: list[int] = []
-        self._sums = torch.zeros(len(ELBOTerms._fields), dtype=torch.float64, device=device)
+        # of the terms, and of the data whose terms are finite
+        self._sums = torch.zeros(len(ELBOTerms._fields) + 1, dtype=torch.float64, device=device)
         self.count = 0
 
     @classmethod
@@ -85,18 +94,19 @@ class TrainStep:
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
             amp_dtype=amp_dtype,
+            max_skipped=0 if config.non_finite == "stop" else config.max_skipped_steps or DEFAULT_MAX_SKIPPED,
             lr_factor=lr if lr_changes else None,
             kl_factor=kl if config.kl_warmup != "none" else None,
         )
 
     def __call__(self, x: Tensor) -> None:
-        """Train on x, float32 [B, *item] on the model's device."""
+        """Train on x, float32 [B, *item] on the model's device. Raises NonFiniteError."""
         if self._lr_factor is not None:
             self.optimizer.set_lr(self.lr * self._lr_factor(self.steps))
         if self._kl_factor is not None:
             torch.mul(self._full_beta, self._kl_factor(self.steps), out=self._beta)
         terms = self._backward(x)
-        self.optimizer.step()
+        self.optimizer.step(terms)
         self.steps += 1
         # kept as they are until they are read, so that no step waits for the one before
         self._kept += [term.detach() for term in terms]
@@ -104,6 +114,8 @@ class TrainStep:
         self.count += len(x)
         if len(self._sizes) == MOST_KEPT:
             self._add_up()
+        if self._checks_each_step or not self._sizes:
+            self._check()
 
     def _backward(self, x: Tensor) -> ELBOTerms:
         """The loss and its terms; their gradients arrive at the leaves."""
@@ -149,23 +161,32 @@ class TrainStep:
         return {} if native and is_recordable(self.model, self.loss) else None
 
     def averages(self) -> tuple[float, float, float]:
-        """(loss, recon, kl), averaged over the data since `reset`; waits for the device."""
+        """(loss, recon, kl), averaged over the data since `reset`; waits for the device.
+
+        Steps whose terms are not finite are left out. Raises NonFiniteError.
+        """
         self._add_up()
-        loss, recon, kl = (self._sums / max(self.count, 1)).tolist()
-        return loss, recon, kl
+        self._check()
+        loss, recon, kl, data = self._sums.tolist()
+        data = max(data, 1)
+        return loss / data, recon / data, kl / data
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step and the averages depend on, beside weights, options and generators."""
         self._add_up()
+        self._check()
         state = {"sums": self._sums, "count": torch.tensor(self.count), "steps": torch.tensor(self.steps)}
+        state |= {f"skipped.{name}": t for name, t in self.skipped.tensors().items()}
         return state | {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `tensors` gave; the model has its weights back already."""
-        start = "optimizer."
-        self.optimizer.load_tensors(
-            {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-        )
+
+        def part(start: str) -> dict[str, Tensor]:
+            return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+
+        self.optimizer.load_tensors(part("optimizer."))
+        self.skipped.load_tensors(part("skipped."))
         self.weights.refresh_copies()
         self.reset()
         self._sums.copy_(tensors["sums"])
@@ -184,8 +205,16 @@ class TrainStep:
         if not self._sizes:
             return
         sizes = torch.tensor(self._sizes, dtype=torch.float64).to(self._sums.device)
-        self._sums += sizes @ torch.stack(self._kept).double().view(len(sizes), -1)
+        terms = torch.stack(self._kept).double().view(len(sizes), -1)
+        finite = terms.isfinite().all(1, keepdim=True)
+        counted = torch.where(finite, torch.cat((terms, torch.ones_like(terms[:, :1])), 1), 0.0)
+        self._sums += sizes @ counted
         self._kept, self._sizes = [], []
+
+    def _check(self) -> None:
+        """Hear of the steps that were not applied. Raises NonFiniteError."""
+        findings = self.optimizer.findings()
+        self.skipped.count(findings, self.steps - len(findings) + 1)
 
 
 def _with_own_beta(loss: ELBOLoss, device: torch.device) -> tuple[ELBOLoss, Tensor]:

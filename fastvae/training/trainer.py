@@ -19,9 +19,10 @@ from ..inference.evaluate import Batch, evaluate, inputs, negative_elbo
 from ..loss import ELBOLoss
 from ..models import VAE
 from ..models.files import CONFIG_NAME, write_json
-from .checkpoint import CheckpointWriter, load_newest_checkpoint, prefixed, without_prefix
+from .checkpoint import CheckpointWriter, checkpoints, load_newest_checkpoint, prefixed, without_prefix
 from .config import TrainConfig
 from .device import choose_amp_dtype, choose_device
+from .numbers import NonFiniteError
 from .run_folder import METRICS_NAME, OPTIONS_NAME, check_run_folder, prepare_run_folder
 from .signals import StopSignal, TrainingStopped
 from .state import Progress, load_training_tensors, training_tensors
@@ -50,7 +51,8 @@ class TrainResult:
     """What a training came to.
 
     history: the rows of metrics.jsonl: epoch, step, train_loss, train_recon, train_kl, val_loss, val_recon,
-        val_kl (nats a datum; None without validation data), samples_per_second, seconds.
+        val_kl (nats a datum; None without validation data), skipped_steps (since the beginning, those that
+        were not applied since their loss or gradients were not finite), samples_per_second, seconds.
     best: the row whose weights the model has now: the least val_loss, or the last without validation data.
     seconds, samples_per_second: of the epochs' steps, and the checkpoints between them; without validation.
     """
@@ -124,7 +126,8 @@ class Trainer:
         that were done are read and left out, whatever they are).
 
         Raises:
-            TrainingError, which names the step: the loss or a weight is not finite. Earlier checkpoints stay.
+            TrainingError, which names the step: a loss, a gradient or a weight is not finite. A step whose
+                loss or gradient is not has not been applied. Earlier checkpoints stay.
             TrainingStopped: SIGTERM or Ctrl-C came; where there is a folder, after a checkpoint.
             CheckpointError: there is no checkpoint to resume from, or it is of another training.
             OSError: writing failed, as where the disk is full. Earlier checkpoints stay.
@@ -138,12 +141,15 @@ class Trainer:
         progress = Progress()
         if self.resume:
             progress, best_weights = self._restore(step)
-        if self.folder is None:
-            self._run(step, progress, best_weights, None, None)
-        else:
-            self._write_beginning(progress)
-            with CheckpointWriter(self.folder) as writer, StopSignal() as stop:
-                self._run(step, progress, best_weights, writer, stop)
+        try:
+            if self.folder is None:
+                self._run(step, progress, best_weights, None, None)
+            else:
+                self._write_beginning(progress)
+                with CheckpointWriter(self.folder) as writer, StopSignal() as stop:
+                    self._run(step, progress, best_weights, writer, stop)
+        except NonFiniteError as error:
+            raise self._not_finite(error) from error
         step.weights.release()
         self.model.load_state_dict(best_weights)
         rate = progress.samples / progress.seconds if progress.seconds else 0.0
@@ -175,12 +181,13 @@ class Trainer:
                     if stopped is not None:
                         writer.wait()
                         raise TrainingStopped(stopped, total, path)
-                terms = self._checked(step.averages(), progress.epoch, progress.batch)
+                terms = step.averages()
                 row = {
                     "epoch": progress.epoch,
                     "step": progress.epoch * len(self.train),
                     **dict(zip(("train_loss", "train_recon", "train_kl"), terms, strict=True)),
                     **self._validate(progress.epoch),
+                    "skipped_steps": step.skipped.total,
                     "samples_per_second": progress.epoch_samples / progress.epoch_seconds,
                     "seconds": time.perf_counter() - began,
                 }
@@ -207,10 +214,8 @@ class Trainer:
             progress.epoch_seconds = earlier + time.perf_counter() - began
             yield
             if time.perf_counter() >= next_report:
-                terms = self._checked(step.averages(), progress.epoch, progress.batch)
-                telemetry.step(
-                    progress.epoch, progress.batch, terms, progress.epoch_samples / progress.epoch_seconds
-                )
+                rate = progress.epoch_samples / progress.epoch_seconds
+                telemetry.step(progress.epoch, progress.batch, step.averages(), rate)
                 next_report = time.perf_counter() + REPORT_SECONDS
         step.averages()  # waits for the device
         progress.epoch_seconds = earlier + time.perf_counter() - began
@@ -253,7 +258,7 @@ class Trainer:
     def _save(
         self, writer: CheckpointWriter, step: TrainStep, progress: Progress, best_weights: dict[str, Tensor]
     ) -> Path:
-        self._checked(step.averages(), progress.epoch, progress.batch)
+        step.averages()  # raises where a step was not applied
         if not step.weights.flat.isfinite().all():
             total = progress.step(len(self.train))
             raise TrainingError(
@@ -289,18 +294,20 @@ class Trainer:
             return dict.fromkeys(names)
         terms = evaluate(self.model, self.val, loss=self.loss, seed=self.config.seed)
         loss, recon, kl = (float(term) for term in terms)
-        self._checked((loss, recon, kl), epoch, len(self.train), "validation")
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the validation loss is not finite after epoch {epoch}: loss {loss}, recon {recon}, "
+                f"KL {kl}; try a lower --lr than {self.config.lr:g}"
+            )
         return dict(zip(names, (loss, recon, kl), strict=True))
 
-    def _checked(
-        self, terms: tuple[float, float, float], epoch: int, step: int, which: str = "training"
-    ) -> tuple[float, float, float]:
-        """The terms, if all are finite."""
-        if not all(math.isfinite(term) for term in terms):
-            loss, recon, kl = terms
-            total = (epoch - 1) * len(self.train) + step
-            raise TrainingError(
-                f"the {which} loss is not finite in epoch {epoch}, found at step {total}: loss {loss}, "
-                f"recon {recon}, KL {kl}; try a lower --lr than {self.config.lr:g}"
-            )
-        return terms
+    def _not_finite(self, error: NonFiniteError) -> TrainingError:
+        """What to tell of a step that could not be applied."""
+        epoch = (error.step - 1) // len(self.train) + 1
+        good = [] if self.folder is None else checkpoints(self.folder)
+        kept = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+        skip = "" if self.config.non_finite == "skip" else ", or --non-finite skip"
+        return TrainingError(
+            f"step {error.step}, in epoch {epoch}, was not applied: {error.what}; {kept}; "
+            f"try a lower --lr than {self.config.lr:g}{skip}"
+        )

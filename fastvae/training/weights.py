@@ -32,24 +32,27 @@ class FlatWeights:
     copies: their copies in `amp_dtype`, in the same places; None for float32.
     offsets: where in them each parameter begins.
     leaves: where the gradient of each parameter arrives: the parameter itself, or its copy.
+    names: of the parameters, in the same order.
+    gradients: those that `gather_gradients` moved, by parameter: views of `flat.grad`.
     """
 
     def __init__(
         self, model: nn.Module, amp_dtype: torch.dtype = torch.float32, exclude: Iterable[nn.Parameter] = ()
     ) -> None:
         left_out = {id(p) for p in exclude}
-        self._parameters = [
-            p
-            for p in model.parameters()
+        named = {
+            name: p
+            for name, p in model.named_parameters()
             if p.requires_grad and p.dtype == torch.float32 and id(p) not in left_out
-        ]
+        }
+        self.names, self._parameters = list(named), list(named.values())
         device = self._parameters[0].device if self._parameters else None
         self.flat = nn.Parameter(torch.zeros(sum(map(_padded, self._parameters)), device=device))
         self.offsets = [0, *itertools.accumulate(map(_padded, self._parameters))][:-1]
         for parameter, view in zip(self._parameters, self._views(self.flat.detach()), strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
-        self._gradients: list[Tensor] = []
+        self.gradients: list[Tensor] = []
 
         self.copies: Tensor | None = None
         self._swaps: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
@@ -82,14 +85,14 @@ class FlatWeights:
         """Move the gradients of the last backward into `flat.grad`; absent ones are zero."""
         if self.flat.grad is None:
             self.flat.grad = torch.zeros_like(self.flat)
-            self._gradients = self._views(self.flat.grad)
+            self.gradients = self._views(self.flat.grad)
         gradients = []
-        for leaf, view in zip(self.leaves, self._gradients, strict=True):
+        for leaf, view in zip(self.leaves, self.gradients, strict=True):
             if leaf.grad is None:
                 leaf.grad = torch.zeros_like(view)
             gradients.append(leaf.grad)
             leaf.grad = None
-        torch._foreach_copy_(self._gradients, gradients)
+        torch._foreach_copy_(self.gradients, gradients)
 
     def refresh_copies(self) -> None:
         """Bring the copies up to date with `flat`, after an update of `flat` alone."""

@@ -1,0 +1,320 @@
+"""Steps whose loss or gradients are not finite are not applied; the run stops, or goes on without them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastvae import VAE, DataLoader, ELBOLoss, _native
+from fastvae.cli import main
+from fastvae.ops import ELBOTerms
+from fastvae.training.checkpoint import checkpoints
+from fastvae.training.config import TrainConfig
+from fastvae.training.numbers import NonFiniteError
+from fastvae.training.optimizer import FusedAdam, NativeAdam
+from fastvae.training.signals import TrainingStopped
+from fastvae.training.step import TrainStep
+from fastvae.training.trainer import Trainer, TrainingError
+from fastvae.training.weights import FlatWeights
+
+NOT_FINITE = [math.inf, -math.inf, math.nan]
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_first_gradient_that_is_not_finite_is_found(dtype, threads) -> None:
+    big = torch.finfo(dtype).max
+    gradients = [(torch.rand(n) * 2 - 1).mul(big).to(dtype) for n in (1, 5, 0, 4096, 100_003)]
+    gradients[3][7], gradients[4][9] = big, torch.finfo(dtype).smallest_normal / 2
+    code = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}[dtype]
+
+    def first() -> int:
+        parts = [(len(g), g.data_ptr() or 1, code, 1, 1, 1, 0, 0) for g in gradients]
+        return _native.first_not_finite(parts, threads)
+
+    assert first() == len(gradients)
+    for which in (4, 3, 1):  # an earlier one each time
+        gradients[which][random.randrange(len(gradients[which]))] = random.choice(NOT_FINITE)
+        assert first() == which
+
+
+def _made(kind: str, dtype: torch.dtype, clip_norm: float | None) -> tuple[FlatWeights, Tensor, NativeAdam]:
+    torch.manual_seed(0)
+    weights = FlatWeights(nn.Sequential(nn.Linear(30, 9), nn.Linear(9, 3)), dtype)
+    variance = nn.Parameter(torch.zeros(()))
+    make = NativeAdam if kind == "native" else FusedAdam
+    return weights, variance, make(weights, [variance], 1e-2, 0.1, clip_norm)
+
+
+@pytest.mark.parametrize("kind", ["native", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_a_step_that_is_not_finite_changes_nothing(kind, dtype, clip_norm, value, seed) -> None:
+    """Bit for bit: weights, moments and bias correction are those of steps among which it never was."""
+    bad_at = {2: 3, 5: 4}  # steps: a parameter, or the loss's own
+    finite = ELBOTerms(*torch.ones(3))
+    results = []
+    for with_bad in (False, True):
+        weights, variance, optimizer = _made(kind, dtype, clip_norm)
+        leaves = [*weights.leaves, variance]
+        torch.manual_seed(seed)
+        findings = []
+        for step in range(9):
+            for leaf in leaves:
+                leaf.grad = torch.randn(leaf.shape).to(leaf.dtype)
+            terms = finite
+            if step == 7:
+                terms = ELBOTerms(torch.tensor(value), torch.tensor(value), torch.tensor(1.0))
+            elif step in bad_at:
+                leaves[bad_at[step]].grad.view(-1)[0] = value
+            if not with_bad and (step in bad_at or step == 7):
+                continue
+            optimizer.step(terms)
+            findings += optimizer.findings() if step % 2 else []
+        findings += optimizer.findings()
+        results.append({"flat": weights.flat.detach(), "variance": variance.detach(), **optimizer.tensors()})
+    assert [i for i, f in enumerate(findings) if f is not None] == [2, 5, 7]
+    assert [findings[i].parameter for i in (2, 5, 7)] == [3, 4, None]
+    assert str(findings[7].terms[1]) == str(value)
+    assert results[0].keys() == results[1].keys()
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
+class Root(nn.Module):
+    """Adds 0, with an infinite gradient where `bad` says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.ones(()))
+        self.bad = False
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + ((self.p - self.p.detach()).sqrt() if self.bad else 0 * self.p)
+
+
+def _rooted() -> tuple[VAE, Root]:
+    torch.manual_seed(0)
+    model, root = VAE.mlp((12,), (8,), 2), Root()
+    model.decoder = nn.Sequential(root, model.decoder)
+    return model, root
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_named_and_skipped(amp_dtype) -> None:
+    model, root = _rooted()
+    x = torch.rand(20, 12)
+    step = TrainStep(model, ELBOLoss(), amp_dtype=amp_dtype, max_skipped=2)
+    step(x)
+    terms = step.averages()
+    before = {name: t.clone() for name, t in step.tensors().items() if name.startswith("optimizer")}
+    root.bad = True
+    step(x)
+    step(x)
+    assert (step.skipped.total, step.skipped.in_a_row) == (2, 2)
+    for name, tensor in before.items():
+        assert torch.equal(step.tensors()[name], tensor), name
+    assert all(map(math.isfinite, step.averages()))
+    assert step.averages() != terms  # their losses were finite
+    root.bad = False
+    step(x)
+    assert (step.skipped.total, step.skipped.in_a_row) == (2, 0)
+    root.bad = True
+    step(x)
+    step(x)
+    message = r"step 7: the gradient of decoder\.0\.p is not finite, after 2 steps in a row"
+    with pytest.raises(NonFiniteError, match=message):
+        step(x)
+
+
+def test_averages_are_of_the_steps_with_a_finite_loss() -> None:
+    step = TrainStep(VAE.mlp((12,), (8,), 2), ELBOLoss(), max_skipped=1)
+    x, other = torch.rand(2, 20, 12)
+    step(x)
+    only = step.averages()
+    step(torch.full((50, 12), math.nan))
+    assert step.averages() == pytest.approx(only)
+    step(other)
+    assert step.averages()[0] != pytest.approx(only[0])
+    assert step.count == 90
+
+
+def test_elsewhere_than_on_a_cpu_it_is_found_when_the_averages_are_read() -> None:
+    """As on a GPU, where looking at each step would wait for it."""
+    model = VAE.mlp((12,), (8,), 2)
+    step = TrainStep(model, ELBOLoss())
+    step.optimizer = FusedAdam(step.weights, [], 1e-3, 0.0)
+    step._checks_each_step, step._tapes = False, None
+    x = torch.rand(20, 12)
+    step(x)
+    weights = step.weights.flat.detach().clone()
+    step(torch.full((20, 12), math.inf))
+    assert torch.equal(step.weights.flat, weights)
+    step(x)
+    with pytest.raises(NonFiniteError, match=r"step 2: the reconstruction term is (inf|nan)"):
+        step.averages()
+
+
+def test_float16_retries_with_a_smaller_scale_until_there_is_none() -> None:
+    model, root = _rooted()
+    x = torch.rand(20, 12)
+    step = TrainStep(model, ELBOLoss(), amp_dtype=torch.float16)
+    root.bad = True
+    for _ in range(20):
+        step(x)
+    step.averages()
+    assert (step.skipped.total, step.skipped.in_a_row) == (20, 0)
+    for _ in range(30):
+        step(x)
+    with pytest.raises(NonFiniteError, match=r"the gradient of decoder\.0\.p is not finite"):
+        step.averages()
+
+
+def test_float16_with_a_loss_that_is_not_finite() -> None:
+    model, _ = _rooted()
+    step = TrainStep(model, ELBOLoss(), amp_dtype=torch.float16, max_skipped=1)
+    x = torch.rand(20, 12)
+    for _ in range(5):  # in the first, gradients overflow
+        step(x)
+    step.averages()
+    weights = step.weights.flat.detach().clone()
+    x[0, 0] = 1e30
+    step(x)
+    assert torch.equal(step.weights.flat, weights)
+    step.averages()
+    assert step.skipped.in_a_row == 1
+    step(x)
+    with pytest.raises(NonFiniteError, match=r"the reconstruction term is (inf|nan)"):
+        step.averages()
+
+
+def test_float16_with_a_loss_that_is_not_finite_and_gradients_that_are() -> None:
+    weights, variance, optimizer = _made("fused", torch.float16, None)
+    optimizer.backward(torch.zeros((), requires_grad=True))  # from where the scaler has its scale
+    before = weights.flat.detach().clone()
+    for value, same in ((math.inf, True), (1.0, False)):
+        for leaf in (*weights.leaves, variance):
+            leaf.grad = torch.randn(leaf.shape).to(leaf.dtype)
+        optimizer.step(ELBOTerms(*torch.tensor([value, value, 1.0])))
+        assert torch.equal(weights.flat, before) == same
+    found, none = optimizer.findings()
+    assert found == ((math.inf, math.inf, 1.0), None, False)
+    assert none is None
+
+
+def _data(*bad: int) -> np.ndarray:
+    """[150, 12] for 10 steps an epoch; the squares of the steps `bad`, from 1, are not finite."""
+    data = np.random.default_rng(3).random((150, 12), dtype=np.float32)
+    for step in bad:
+        data[15 * (step - 1) + random.randrange(15), random.randrange(12)] = 1e30
+    return data
+
+
+def _fit(data: np.ndarray, loader=DataLoader, resume: bool = False, **options) -> tuple[Trainer, list[dict]]:
+    torch.manual_seed(1)
+    config = TrainConfig(**{"epochs": 3, "device": "cpu"} | options)
+    trainer = Trainer(VAE.mlp((12,), (8,), 2), loader(data, 15), config=config, resume=resume)
+    return trainer, trainer.fit().history
+
+
+def test_a_run_stops_with_step_term_and_checkpoint(tmp_path) -> None:
+    message = (
+        r"step 7, in epoch 1, was not applied: the reconstruction term is (inf|nan).*; the last good "
+        r"checkpoint is .*step-0000000006\.safetensors; try a lower --lr than 0\.001, or --non-finite skip"
+    )
+    with pytest.raises(TrainingError, match=message):
+        _fit(_data(7), out=str(tmp_path), checkpoint_steps=3)
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "step-0000000006.safetensors",
+        "step-0000000003.safetensors",
+    ]
+    whole, _ = _fit(_data())
+    resumed, _ = _fit(_data(), out=str(tmp_path), checkpoint_steps=3, resume=True)
+    assert torch.equal(whole.model.decoder.layers[0].weight, resumed.model.decoder.layers[0].weight)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_weights_that_explode_are_never_kept(amp, tmp_path) -> None:
+    with pytest.raises(TrainingError, match=r"step \d, in epoch 1, .*no checkpoint yet; .*lower --lr"):
+        _fit(_data(), lr=1e30, amp=amp, out=str(tmp_path), checkpoint_steps=10)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_validation_loss_that_is_not_finite() -> None:
+    trainer = Trainer(
+        VAE.mlp((12,), (8,), 2), DataLoader(_data(), 15), DataLoader(_data(2), 15),
+        config=TrainConfig(epochs=2, device="cpu"),
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match=r"validation loss is not finite after epoch 1: loss (inf|nan)"):
+        trainer.fit()
+
+
+def test_a_run_skips_and_counts(tmp_path, capsys) -> None:
+    trainer, rows = _fit(_data(2, 3, 10), non_finite="skip", max_skipped_steps=2, out=str(tmp_path))
+    assert [row["skipped_steps"] for row in rows] == [3, 6, 9]
+    assert rows == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["train_loss"]) for row in rows)
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+    assert capsys.readouterr().out.count("step 2 is skipped: the reconstruction term is ") == 1
+
+
+class Stopping(DataLoader):
+    """Sends SIGTERM when the twelfth batch of all is asked for."""
+
+    asked = 0
+
+    def __iter__(self):
+        for x in super().__iter__():
+            self.asked += 1
+            if self.asked == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield x
+
+
+def test_the_steps_that_are_skipped_survive_a_resumption(tmp_path) -> None:
+    """The twelfth step is the first of two of which one more would be too many."""
+    options = {"non_finite": "skip", "max_skipped_steps": 2}
+    data = _data(2, 3)
+    whole, rows = _fit(data, **options)
+    with pytest.raises(TrainingStopped):
+        _fit(data, Stopping, out=str(tmp_path), **options)
+    resumed, again = _fit(data, out=str(tmp_path), resume=True, **options)
+    assert [row["skipped_steps"] for row in again] == [row["skipped_steps"] for row in rows] == [2, 4, 6]
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(TrainingStopped):
+        _fit(data, Stopping, out=str(tmp_path), overwrite=True, **options)
+    with pytest.raises(
+        TrainingError, match=r"step 14, .* after 2 steps in a row that were skipped; the last"
+    ):
+        _fit(_data(2, 3, 4), out=str(tmp_path), resume=True, **options)
+
+
+def test_the_command_counts_too(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("data.npy", _data(4))
+    np.save("val.npy", _data())
+    small = ["--data", "data.npy", "--val", "val.npy", "--epochs", "2", "--hidden", "8", "--device", "cpu"]
+    assert main(["train", *small, "--out", "a", "--batch-size", "30"]) == 1
+    assert "--non-finite skip" in capsys.readouterr().err
+    assert main(["train", *small, "--out", "b", "--batch-size", "30", "--non-finite", "skip"]) == 0
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["skipped_steps"] == 2
