@@ -14,7 +14,7 @@ constexpr std::int64_t block = 4096;  // elements that one thread takes at a tim
 
 // What the steps of one update have in common.
 struct Factors {
-    float mean, square, square_new, step_size, root, eps, keep, gradient;
+    float mean, square, square_new, step_size, root, eps, keep, gradient, average_new;
 };
 
 Factors factors_of(const Adam& adam) {
@@ -29,13 +29,14 @@ Factors factors_of(const Adam& adam) {
         static_cast<float>(adam.eps),
         static_cast<float>(1 - adam.lr * adam.weight_decay),
         static_cast<float>(adam.gradient_factor),
+        static_cast<float>(adam.average_new),
     };
 }
 
-template <class G, class C>
+template <bool averages, class G, class C>
 [[gnu::always_inline]] inline void update_block(
     const Factors& f, std::int64_t n, const G* __restrict gradient, float* __restrict weight, float* __restrict mean,
-    float* __restrict square, C* __restrict copy) {
+    float* __restrict square, C* __restrict copy, float* __restrict average) {
     const Factors local = f;
     for (std::int64_t i = 0; i < n; ++i) {
         const float w = weight[i];
@@ -47,47 +48,50 @@ template <class G, class C>
         square[i] = s;
         weight[i] = updated;
         copy[i] = narrow<C>(updated);
+        if constexpr (averages) average[i] += local.average_new * (updated - average[i]);
     }
 }
 
 template <class G, class C>
-using Block = void (*)(const Factors&, std::int64_t, const G*, float*, float*, float*, C*);
+using Block = void (*)(const Factors&, std::int64_t, const G*, float*, float*, float*, C*, float*);
 
-template <class G, class C>
-void baseline(const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c) {
-    update_block(f, n, g, w, m, s, c);
+template <bool averages, class G, class C>
+void baseline(const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c, float* a) {
+    update_block<averages>(f, n, g, w, m, s, c, a);
 }
 
 #if defined(__x86_64__)
-template <class G, class C>
-[[gnu::target("avx2")]] void avx2(const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c) {
-    update_block(f, n, g, w, m, s, c);
+template <bool averages, class G, class C>
+[[gnu::target("avx2")]] void avx2(
+    const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c, float* a) {
+    update_block<averages>(f, n, g, w, m, s, c, a);
 }
 
-template <class G, class C>
+template <bool averages, class G, class C>
 [[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")]] void avx512(
-    const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c) {
-    update_block(f, n, g, w, m, s, c);
+    const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c, float* a) {
+    update_block<averages>(f, n, g, w, m, s, c, a);
 }
 #endif
 
-template <class G, class C>
+template <bool averages, class G, class C>
 Block<G, C> best() {
 #if defined(__x86_64__)
     const std::string& name = instruction_sets().front().name;
-    if (name == "avx512") return avx512<G, C>;
-    if (name == "avx2") return avx2<G, C>;
+    if (name == "avx512") return avx512<averages, G, C>;
+    if (name == "avx2") return avx2<averages, G, C>;
 #endif
-    return baseline<G, C>;
+    return baseline<averages, G, C>;
 }
 
 template <class G, class C>
 void update_range(const Factors& f, const AdamPart& part, std::int64_t first, std::int64_t n) {
-    static const Block<G, C> run = best<G, C>();
+    static const Block<G, C> alone = best<false, G, C>(), with_average = best<true, G, C>();
     C unused[std::is_same_v<C, float> ? block : 1];
     C* copy = part.copy ? static_cast<C*>(part.copy) + first : unused;
+    const Block<G, C> run = part.average ? with_average : alone;
     run(f, n, static_cast<const G*>(part.gradient) + first, part.weight + first, part.mean + first,
-        part.square + first, copy);
+        part.square + first, copy, part.average ? part.average + first : nullptr);
 }
 
 template <class C>

@@ -9,7 +9,7 @@
 
 namespace fastvae {
 
-// One parameter: contiguous, n elements each. `copy` may be null.
+// One parameter: contiguous, n elements each. `copy` and `average` may be null.
 struct AdamPart {
     std::int64_t n = 0;
     const void* gradient = nullptr;
@@ -17,6 +17,7 @@ struct AdamPart {
     float *weight = nullptr, *mean = nullptr, *square = nullptr;
     void* copy = nullptr;
     DType copy_dtype = DType::bfloat16;
+    float* average = nullptr;  // exponential moving average of the weight
 };
 
 // Kingma and Ba 2015, algorithm 1, with weight decay as in Loshchilov and Hutter 2019 (AdamW).
@@ -24,6 +25,7 @@ struct Adam {
     double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
     std::int64_t step = 1;  // counts from 1
     double gradient_factor = 1;
+    double average_new = 0;  // what the averages take of the new weights
 };
 
 // The result does not depend on `threads` or on the instruction set.

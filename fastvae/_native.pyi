@@ -6,6 +6,7 @@ import numpy.typing as npt
 
 _View = tuple[int, int, int, int, int] | None
 _PerRow = tuple[int, int] | None
+_AdamPart = tuple[int, int, int, int, int, int, int, int, int]
 
 def elbo(
     real64: bool,
@@ -39,7 +40,7 @@ class MemoryPool:
     def take(self, bytes: int) -> Buffer: ...
 
 def adam(
-    parts: Sequence[tuple[int, int, int, int, int, int, int, int]],
+    parts: Sequence[_AdamPart],
     step: int,
     lr: float,
     beta1: float,
@@ -47,12 +48,11 @@ def adam(
     eps: float,
     weight_decay: float,
     gradient_factor: float,
+    average_new: float,
     threads: int,
 ) -> None: ...
-def first_not_finite(parts: Sequence[tuple[int, int, int, int, int, int, int, int]], threads: int) -> int: ...
-def clip_factor(
-    parts: Sequence[tuple[int, int, int, int, int, int, int, int]], max_norm: float, threads: int
-) -> float: ...
+def first_not_finite(parts: Sequence[_AdamPart], threads: int) -> int: ...
+def clip_factor(parts: Sequence[_AdamPart], max_norm: float, threads: int) -> float: ...
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def box_muller(
     radius_words: npt.NDArray[np.uint32], angle_words: npt.NDArray[np.uint32]

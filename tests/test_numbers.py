@@ -47,7 +47,7 @@ def test_the_first_gradient_that_is_not_finite_is_found(dtype, threads) -> None:
     code = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}[dtype]
 
     def first() -> int:
-        parts = [(len(g), g.data_ptr() or 1, code, 1, 1, 1, 0, 0) for g in gradients]
+        parts = [(len(g), g.data_ptr() or 1, code, 1, 1, 1, 0, 0, 0) for g in gradients]
         return _native.first_not_finite(parts, threads)
 
     assert first() == len(gradients)

@@ -333,7 +333,7 @@ def test_the_clip_factor_is_torch_s(size, threads, seed):
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
         at = parameter.data_ptr()  # only the gradients are read
-        parts.append((len(gradient), gradient.data_ptr(), 0, at, at, at, 0, 0))
+        parts.append((len(gradient), gradient.data_ptr(), 0, at, at, at, 0, 0, 0))
     ours = fastvae._native.clip_factor(parts, 2.0, threads)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
     assert ours == pytest.approx(

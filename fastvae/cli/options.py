@@ -17,6 +17,7 @@ METAVARS: dict[str, str | tuple[str, ...]] = {
     "lr": "F",
     "weight_decay": "F",
     "clip_norm": "F",
+    "ema_decay": "F",
     "out": "DIR",
 }
 NUMBERS_OF_VALUES: dict[str, str | int] = {"hidden": "+", "logvar_clamp": 2}

@@ -137,6 +137,12 @@ class TrainConfig(BaseModel):
         ge=1,
         description=f"steps in a row that --non-finite skip skips (default: {DEFAULT_MAX_SKIPPED})",
     )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keep an exponential moving average of the weights, which is validated and saved: 0.999",
+    )
     amp: bool = Field(False, description="compute in bf16, or fp16, where the device is made for it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     seed: int = Field(0, ge=0, lt=2**63, description="makes the run repeatable")

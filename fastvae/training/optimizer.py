@@ -1,6 +1,7 @@
 """The optimizers of a step: Adam and AdamW, over weights that lie in one tensor.
 
 Kingma and Ba 2015, "Adam"; Loshchilov and Hutter 2019, "Decoupled weight decay regularization" (AdamW).
+Averages of weights: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging".
 Gradients are clipped by their global norm, as by torch.nn.utils.clip_grad_norm_: Pascanu et al. 2013, "On the
 difficulty of training recurrent neural networks".
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,19 @@ LOG_VARIANCE_LR_FACTOR = 10.0
 # with a smaller scale even a gradient of 1 is 0 in float16
 LEAST_SCALE = 2.0**-24
 
-# size, gradient and its dtype, weight, moments, copy and its dtype: addresses for csrc/bind_adam.cpp
-_Part = tuple[int, int, int, int, int, int, int, int]
+Number = TypeVar("Number", float, Tensor)
+
+# size, gradient and its dtype, weight, moments, copy and its dtype, average: addresses for csrc/bind_adam.cpp
+_Part = tuple[int, int, int, int, int, int, int, int, int]
 
 
 class Optimizer(Protocol):
-    """What a step asks of an optimizer."""
+    """What a step asks of an optimizer.
+
+    averages: each tensor of weights, and its exponential moving average; none without `ema_decay`.
+    """
+
+    averages: list[tuple[Tensor, Tensor]]
 
     def set_lr(self, lr: float) -> None:
         """Use another learning rate from the next `step` on."""
@@ -65,19 +73,21 @@ def make_optimizer(
     lr: float,
     weight_decay: float | None = None,
     clip_norm: float | None = None,
+    ema_decay: float | None = None,
 ) -> Optimizer:
     """Adam ("adam") or AdamW ("adamw"): native on the CPU, torch's fused one elsewhere.
 
     weight_decay: of AdamW; None is 0.01 there. Adam has none.
     clip_norm: the largest norm of all gradients together; None does not clip.
+    ema_decay: of an exponential moving average of the weights; None has none.
     """
     if name != "adamw":
         weight_decay = 0.0
     elif weight_decay is None:
         weight_decay = ADAMW_WEIGHT_DECAY
     if weights.flat.device.type == "cpu" and not _is_half(weights):
-        return NativeAdam(weights, learned_by_loss, lr, weight_decay, clip_norm)
-    return FusedAdam(weights, learned_by_loss, lr, weight_decay, clip_norm)
+        return NativeAdam(weights, learned_by_loss, lr, weight_decay, clip_norm, ema_decay)
+    return FusedAdam(weights, learned_by_loss, lr, weight_decay, clip_norm, ema_decay)
 
 
 class NativeAdam:
@@ -94,6 +104,7 @@ class NativeAdam:
         lr: float,
         weight_decay: float,
         clip_norm: float | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         self.weights = weights
         self.learned_by_loss = learned_by_loss
@@ -104,6 +115,8 @@ class NativeAdam:
         self._findings: list[Finding | None] = []
         self.mean, self.square = (torch.zeros_like(weights.flat.detach()) for _ in range(2))
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in learned_by_loss]
+        self.ema_decay = ema_decay
+        self.averages = [] if ema_decay is None else _averages(weights, learned_by_loss)
 
     def set_lr(self, lr: float) -> None:
         """Use another learning rate from the next `step` on."""
@@ -132,6 +145,7 @@ class NativeAdam:
         copy_at, copy_size, copy_code = 0, 0, DTYPE_CODES[torch.float32]
         if copies is not None:
             copy_at, copy_size, copy_code = copies.data_ptr(), copies.itemsize, DTYPE_CODES[copies.dtype]
+        averages_at = [average.data_ptr() for _, average in self.averages]
         parts: list[_Part] = []
         gradients = []
         indices = []
@@ -144,7 +158,8 @@ class NativeAdam:
             places = at + 4 * offset, mean_at + 4 * offset, square_at + 4 * offset
             code = DTYPE_CODES[gradient.dtype]
             copy = copy_at + copy_size * offset
-            parts.append((gradient.numel(), gradient.data_ptr(), code, *places, copy, copy_code))
+            average = averages_at[0] + 4 * offset if averages_at else 0
+            parts.append((gradient.numel(), gradient.data_ptr(), code, *places, copy, copy_code, average))
         learned: list[_Part] = []
         learned_moments = zip(self.learned_by_loss, self._moments, strict=True)
         for i, (parameter, (mean, square)) in enumerate(learned_moments, len(weights.leaves)):
@@ -153,7 +168,8 @@ class NativeAdam:
             indices.append(i)
             places = parameter.data_ptr(), mean.data_ptr(), square.data_ptr()
             code = DTYPE_CODES[parameter.grad.dtype]
-            learned.append((parameter.numel(), parameter.grad.data_ptr(), code, *places, 0, code))
+            average = averages_at[1 + i - len(weights.leaves)] if averages_at else 0
+            learned.append((parameter.numel(), parameter.grad.data_ptr(), code, *places, 0, code, average))
 
         threads = torch.get_num_threads()
         factor = 1.0
@@ -165,12 +181,13 @@ class NativeAdam:
             if bad < len(indices):
                 return _finding(terms, indices[bad])
         self.steps += 1
+        average_new = 0.0 if self.ema_decay is None else _share_of_new(self.ema_decay, self.steps)
         for group, lr, weight_decay in (
             (parts, self.lr, self.weight_decay),
             (learned, self.lr * LOG_VARIANCE_LR_FACTOR, 0.0),
         ):
             if group:
-                _native.adam(group, self.steps, lr, *BETAS, EPS, weight_decay, factor, threads)
+                _native.adam(group, self.steps, lr, *BETAS, EPS, weight_decay, factor, average_new, threads)
         return None
 
     def findings(self) -> list[Finding | None]:
@@ -179,11 +196,11 @@ class NativeAdam:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments, and the number of steps."""
+        """The moments, the averages, and the number of steps."""
         found = {"mean": self.mean, "square": self.square, "steps": torch.tensor(self.steps)}
         for i, (mean, square) in enumerate(self._moments):
             found |= {f"loss.{i}.mean": mean, f"loss.{i}.square": square}
-        return found
+        return found | _named(self.averages)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave."""
@@ -206,6 +223,7 @@ class FusedAdam:
         lr: float,
         weight_decay: float,
         clip_norm: float | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         self.weights = weights
         self.clip_norm = clip_norm
@@ -220,6 +238,8 @@ class FusedAdam:
         self.scaler = torch.amp.GradScaler(device.type) if _is_half(weights) else None
         self._found, self._one = torch.zeros((), device=device), torch.ones((), device=device)
         self._kept: list[tuple[ELBOTerms | None, Tensor]] = []
+        self.ema_decay = ema_decay
+        self.averages = [] if ema_decay is None else _averages(weights, learned_by_loss)
 
     def set_lr(self, lr: float) -> None:
         """Use another learning rate from the next `step` on."""
@@ -238,11 +258,14 @@ class FusedAdam:
             if self.scaler is not None:
                 self.scaler.unscale_(self.adam)
             self._clip(self.clip_norm)
+        applied = None if self.ema_decay is None else self._applied().clone()
         if self.scaler is None:
             self.adam.step()
         else:
             self.scaler.step(self.adam)
             self.scaler.update()
+        if applied is not None:
+            self._average(self._applied() - applied)
         self.weights.refresh_copies()
         for group in self.adam.param_groups[1:]:
             for parameter in group["params"]:
@@ -263,6 +286,20 @@ class FusedAdam:
             # which makes a gradient not a number, as the scaler looks at these alone
             self._parameters[0].grad[:1].add_(loss * 0)  # type: ignore[index]
         return largest
+
+    def _applied(self) -> Tensor:
+        """The steps that were applied, counted on the device."""
+        state = self.adam.state.get(self.weights.flat)
+        found: Tensor = state["step"] if state else torch.zeros_like(self._one)
+        return found
+
+    @torch.no_grad()
+    def _average(self, applied: Tensor) -> None:
+        """Take the weights into their averages; `applied` is 1, or 0 where the last step was not applied."""
+        assert self.ema_decay is not None
+        share = applied * _share_of_new(self.ema_decay, self._applied())
+        for weights, average in self.averages:
+            average.lerp_(weights, share)
 
     @torch.no_grad()
     def _clip(self, max_norm: float) -> None:
@@ -293,7 +330,7 @@ class FusedAdam:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments and the numbers of steps, and the scale of the gradients."""
+        """The moments and the numbers of steps, the averages, and the scale of the gradients."""
         found = {
             f"{i}.{name}": value
             for i, parameter in enumerate(self._updated())
@@ -302,7 +339,7 @@ class FusedAdam:
         if self.scaler is not None:
             numbers = self.scaler.state_dict()
             found |= {f"scaler.{name}": torch.tensor(value) for name, value in numbers.items()}
-        return found
+        return found | _named(self.averages)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave."""
@@ -313,12 +350,34 @@ class FusedAdam:
                 for name, value in tensors.items()
                 if name.startswith(start)
             }
+        for name, average in _named(self.averages).items():
+            average.copy_(tensors[name])
         if self.scaler is not None:
             numbers = {n: tensors[f"scaler.{n}"].item() for n in self.scaler.state_dict()}
             self.scaler.load_state_dict(numbers)
 
     def _updated(self) -> list[nn.Parameter]:
         return [parameter for group in self.adam.param_groups for parameter in group["params"]]
+
+
+def _averages(weights: FlatWeights, learned_by_loss: list[nn.Parameter]) -> list[tuple[Tensor, Tensor]]:
+    """The weights and those of the loss, and copies of them to begin with."""
+    tensors = [t.detach() for t in (weights.flat, *learned_by_loss)]
+    return [(tensor, tensor.clone()) for tensor in tensors]
+
+
+def _named(averages: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {f"average.{i}": average for i, (_, average) in enumerate(averages)}
+
+
+def _share_of_new(decay: float, steps: Number) -> Number:
+    """What an average takes of the new weights in the update with number `steps`, from 1: 1 - decay, or more.
+
+    With few steps behind it, it follows them faster: its decay is at most (1 + steps) / (10 + steps), as in
+    TensorFlow's ExponentialMovingAverage with num_updates. The first weights are soon forgotten.
+    """
+    share = 9 / (10 + steps)
+    return share.clamp(min=1 - decay) if isinstance(share, Tensor) else max(share, 1 - decay)
 
 
 def _finding(terms: ELBOTerms | None, parameter: int | None = None, overflow: bool = False) -> Finding:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ class TrainStep:
 
     weight_decay: of "adamw"; None is 0.01.
     clip_norm: the largest norm of all gradients together; None does not clip.
+    ema_decay: of an exponential moving average of the weights, for `averaged_weights`.
     amp_dtype: of the matrix products; the weights, the KL and the loss stay float32. float16 scales the
         gradients (torch.amp.GradScaler) and leaves out steps whose gradients overflow.
     max_skipped: a step whose loss or gradient is not finite is not applied; more than so many in a row raise
@@ -49,6 +51,7 @@ class TrainStep:
         lr: float = 1e-3,
         weight_decay: float | None = None,
         clip_norm: float | None = None,
+        ema_decay: float | None = None,
         amp_dtype: torch.dtype = torch.float32,
         max_skipped: int = 0,
         lr_factor: Callable[[int], float] | None = None,
@@ -66,7 +69,9 @@ class TrainStep:
         learned_by_loss = list(self.loss.parameters())
         names_of_loss = [name for name, _ in self.loss.named_parameters()]
         self.weights = FlatWeights(model, amp_dtype, exclude=learned_by_loss)
-        self.optimizer = make_optimizer(self.weights, learned_by_loss, optimizer, lr, weight_decay, clip_norm)
+        self.optimizer = make_optimizer(
+            self.weights, learned_by_loss, optimizer, lr, weight_decay, clip_norm, ema_decay
+        )
         self.skipped = SkippedSteps(max_skipped, [*self.weights.names, *names_of_loss])
         self._checks_each_step = isinstance(self.optimizer, NativeAdam)  # which is not waited for
         self._autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
@@ -93,6 +98,7 @@ class TrainStep:
             lr=config.lr,
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
+            ema_decay=config.ema_decay,
             amp_dtype=amp_dtype,
             max_skipped=0 if config.non_finite == "stop" else config.max_skipped_steps or DEFAULT_MAX_SKIPPED,
             lr_factor=lr if lr_changes else None,
@@ -159,6 +165,18 @@ class TrainStep:
         """A tape for each shape of x; None where steps run as they are written."""
         native = isinstance(self.optimizer, NativeAdam)
         return {} if native and is_recordable(self.model, self.loss) else None
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """While it lasts, model and loss have the averages of their weights, if there are such."""
+        own = [weights.clone() for weights, _ in self.optimizer.averages]
+        for weights, average in self.optimizer.averages:
+            weights.copy_(average)
+        try:
+            yield
+        finally:
+            for (weights, _), before in zip(self.optimizer.averages, own, strict=True):
+                weights.copy_(before)
 
     def averages(self) -> tuple[float, float, float]:
         """(loss, recon, kl), averaged over the data since `reset`; waits for the device.

@@ -65,7 +65,7 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains `model` on `train`, and keeps the weights that are best on `val`.
+    """Trains `model` on `train`, and keeps the weights that are best on `val`, or the best of their averages.
 
     train, val: batches x, float32 [B, *item], or (x, y) whose y is not used. `set_epoch(epoch)` of `train`
         is called before each epoch, where there is one.
@@ -182,16 +182,17 @@ class Trainer:
                         writer.wait()
                         raise TrainingStopped(stopped, total, path)
                 terms = step.averages()
-                row = {
-                    "epoch": progress.epoch,
-                    "step": progress.epoch * len(self.train),
-                    **dict(zip(("train_loss", "train_recon", "train_kl"), terms, strict=True)),
-                    **self._validate(progress.epoch),
-                    "skipped_steps": step.skipped.total,
-                    "samples_per_second": progress.epoch_samples / progress.epoch_seconds,
-                    "seconds": time.perf_counter() - began,
-                }
-                self._end_epoch(progress, row, best_weights, writer)
+                with step.averaged_weights():
+                    row = {
+                        "epoch": progress.epoch,
+                        "step": progress.epoch * len(self.train),
+                        **dict(zip(("train_loss", "train_recon", "train_kl"), terms, strict=True)),
+                        **self._validate(progress.epoch),
+                        "skipped_steps": step.skipped.total,
+                        "samples_per_second": progress.epoch_samples / progress.epoch_seconds,
+                        "seconds": time.perf_counter() - began,
+                    }
+                    self._end_epoch(progress, row, best_weights, writer)
                 if writer is not None:
                     progress.wall_seconds = time.perf_counter() - began
                     self._save(writer, step, progress, best_weights)
