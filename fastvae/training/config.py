@@ -118,6 +118,9 @@ class TrainConfig(BaseModel):
     epochs: int | None = Field(
         None, ge=1, description="passes over the training data (default: 10, or more where the data are few)"
     )
+    patience: int | None = Field(
+        None, ge=1, description="end when the validation loss has not improved in so many epochs"
+    )
     batch_size: int = Field(128, ge=1, description="data in a step")
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate")
     lr_schedule: LRSchedule = Field("constant", description="cosine: the learning rate falls to 0")

@@ -38,6 +38,10 @@ class Progress:
         """The steps since the beginning, of an epoch of `batches` batches."""
         return (self.epoch - 1) * batches + self.batch
 
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether the best epoch lies `patience` epochs or more behind the last one that is finished."""
+        return patience is not None and bool(self.best) and self.epoch - 1 - self.best["epoch"] >= patience
+
     def to_json(self, batches: int) -> dict[str, Any]:
         return {"batches": batches, **asdict(self)}
 

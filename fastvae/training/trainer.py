@@ -20,7 +20,7 @@ from ..loss import ELBOLoss
 from ..models import VAE
 from ..models.files import CONFIG_NAME, write_json
 from .checkpoint import CheckpointWriter, checkpoints, load_newest_checkpoint, prefixed, without_prefix
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
 from .numbers import NonFiniteError
 from .run_folder import METRICS_NAME, OPTIONS_NAME, check_run_folder, prepare_run_folder
@@ -71,13 +71,13 @@ class Trainer:
         is called before each epoch, where there is one.
     loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits and logvar_clamp.
         Validation uses it too, always with the full beta and without free bits.
-    config: epochs, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out` also the
-        folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every `checkpoint_steps`
-        and one at the end of each epoch. The other options describe what is given here.
+    config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out`
+        also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every
+        `checkpoint_steps` and one at the end of each epoch. The other options describe what is given here.
     resume: go on with the run that is in `out`, from its newest checkpoint.
 
-    Moves the model to the chosen device. Raises ConfigError for a device that is absent or a folder that
-    may not be written, ValueError for no training data.
+    Moves the model to the chosen device. Raises ConfigError for a device that is absent, a folder that
+    may not be written or patience without validation data, ValueError for no training data.
     """
 
     def __init__(
@@ -101,6 +101,9 @@ class Trainer:
         self.resume = resume
         if resume and self.folder is None:
             raise ValueError("resume: got no config.out, expected the folder of a run")
+        if config.patience is not None and val is None:
+            got = f"got {config.patience} without validation data"
+            raise ConfigError("patience", f"{got}, expected these, whose loss is to improve")
         if self.folder is not None:
             check_run_folder(self.folder, config.overwrite or resume)
         self.device, self.device_reason = choose_device(config.device)
@@ -119,7 +122,7 @@ class Trainer:
         self.val = val
 
     def fit(self) -> TrainResult:
-        """Train for `config.epochs` epochs.
+        """Train for `config.epochs` epochs, or until `config.patience` is at its end.
 
         A run that was stopped and resumed ends with the weights of one that was not, bit for bit on the same
         machine with the same number of threads, if `train` is a `fastvae.DataLoader` (of other batches those
@@ -169,7 +172,7 @@ class Trainer:
         assert epochs is not None  # resolved above
         began = time.perf_counter() - progress.wall_seconds
         with Telemetry(epochs, len(self.train)) as telemetry:
-            while progress.epoch <= epochs:
+            while progress.epoch <= epochs and not progress.out_of_patience(self.config.patience):
                 for _ in self._train_epoch(step, progress, telemetry):
                     total = progress.step(len(self.train))
                     stopped = None if stop is None else stop.signal
@@ -197,6 +200,11 @@ class Trainer:
                     progress.wall_seconds = time.perf_counter() - began
                     self._save(writer, step, progress, best_weights)
                 telemetry.epoch(row)
+        if progress.epoch <= epochs:
+            without = f"{self.config.patience} epochs without a better validation loss"
+            print(
+                f"stopped after epoch {progress.epoch - 1}: {without} than in epoch {progress.best['epoch']}"
+            )
 
     def _train_epoch(self, step: TrainStep, progress: Progress, telemetry: Telemetry) -> Iterator[None]:
         """The rest of an epoch; yields after each step, when `progress` is up to date."""
