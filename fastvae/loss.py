@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from .ops.api import elbo_from_spec, elbo_with_gradients
-from .ops.checks import check_scale, make_spec
+from .ops.checks import check_capacity, check_scale, make_spec
 from .ops.types import ELBOTerms, FreeBitsForm, Impl, Inputs, Likelihood, Reduction, Spec
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class ELBOLoss(nn.Module):
     beta: float | Tensor
     log_variance: float | Tensor | Literal["batch"]
     log_scale: float | Tensor
+    capacity: float | Tensor | None
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class ELBOLoss(nn.Module):
         logvar_clamp: tuple[float, float] | None = None,
         free_bits: float | None = None,
         free_bits_form: FreeBitsForm = "batch",
+        capacity: float | Tensor | None = None,
         process_group: ProcessGroup | None = None,
         impl: Impl = "auto",
     ) -> None:
@@ -61,7 +63,13 @@ class ELBOLoss(nn.Module):
         self.process_group = process_group
         self.impl: Impl = impl
         check_scale(log_variance, log_scale, self.spec)
-        for name, value in (("beta", beta), ("log_variance", log_variance), ("log_scale", log_scale)):
+        check_capacity(capacity, self.spec)
+        for name, value in (
+            ("beta", beta),
+            ("log_variance", log_variance),
+            ("log_scale", log_scale),
+            ("capacity", capacity),
+        ):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value, persistent=False)
             else:
@@ -109,16 +117,18 @@ class ELBOLoss(nn.Module):
         depends on, whose gradients are made in the same pass as the terms; else the loss itself.
         """
         inputs = Inputs(x_hat, x, mu, logvar, kl, weight, self.beta)
-        return elbo_with_gradients(
-            inputs, self.log_variance, self.log_scale, self.spec, self.process_group, self.impl
-        )
+        scales = self.log_variance, self.log_scale
+        return elbo_with_gradients(inputs, *scales, self.capacity, self.spec, self.process_group, self.impl)
 
     def _elbo(self, inputs: Inputs, spec: Spec) -> ELBOTerms:
-        return elbo_from_spec(inputs, self.log_variance, self.log_scale, spec, self.process_group, self.impl)
+        scales = self.log_variance, self.log_scale
+        return elbo_from_spec(inputs, *scales, self.capacity, spec, self.process_group, self.impl)
 
     def extra_repr(self) -> str:
         spec = self.spec
         shown = f"likelihood={spec.likelihood!r}, beta={self.beta}, recon_reduction={spec.recon_reduction!r}"
         if spec.free_bits is not None:
             shown += f", free_bits={spec.free_bits}, free_bits_form={spec.free_bits_form!r}"
+        if self.capacity is not None:
+            shown += f", capacity={self.capacity}"
         return f"{shown}, kl_reduction={spec.kl_reduction!r}, impl={self.impl!r}"

@@ -16,6 +16,7 @@ from fastvae.training.config import ConfigError, TrainConfig
         ),
         TrainConfig(kl_warmup="cyclical", kl_warmup_steps=40, free_bits=0.0, free_bits_form="element"),
         TrainConfig(non_finite="skip", max_skipped_steps=3, ema_decay=0.999, patience=2),
+        TrainConfig(capacity=25.0, capacity_steps=1000, beta=100.0),
         TrainConfig(kl_warmup="linear", logvar_clamp=(-10, 10.5), free_bits=0.5),
     ],
 )
@@ -86,6 +87,9 @@ def test_strings_are_read_as_the_command_line_gives_them():
             {"free_bits_form": "element"},
             "free_bits_form: got element without free_bits, expected it with free_bits only",
         ),
+        ({"capacity": -1}, "capacity: got -1, expected a number greater than or equal to 0"),
+        ({"capacity": 5.0, "free_bits": 0.1}, "capacity: got 5 with free_bits 0.1, expected one of the two"),
+        ({"capacity_steps": 5}, "capacity_steps: got 5 without capacity, expected both"),
         ({"patience": 0}, "patience: got 0, expected a number greater than or equal to 1"),
         ({"ema_decay": "1"}, "ema_decay: got '1', expected a number less than 1"),
         ({"non_finite": "ignore"}, "non_finite: got 'ignore', expected 'stop' or 'skip'"),

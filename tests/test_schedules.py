@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from fastvae.training.schedules import kl_factor, lr_factor
+from fastvae.training.schedules import capacity_factor, kl_factor, lr_factor
 
 
 @pytest.fixture
@@ -82,3 +82,13 @@ def test_ten_cycles_are_the_default_and_the_last_is_not_left_at_its_start(total)
     assert len(starts) == 10
     assert kl_factor(total - 1, total, "cyclical") == 1
     assert any(kl_factor(step, 1, "cyclical") == 1 for step in range(2))
+
+
+def test_the_capacity_rises_linearly(total):
+    steps = total // 3
+    assert [capacity_factor(step, total, steps) for step in (0, steps, total)] == [0, 1, 1]
+    assert capacity_factor(steps // 5, total, steps) == pytest.approx((steps // 5) / steps)
+    assert capacity_factor(0, total) == 0
+    assert capacity_factor(total // 4, total) == pytest.approx(0.5, abs=2 / total)
+    assert capacity_factor(math.ceil(total / 2), total) == 1
+    assert capacity_factor(1, 1) == 1

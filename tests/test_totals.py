@@ -1,4 +1,4 @@
-"""What depends on a batch's totals: the best variance and free bits, on one rank and on two."""
+"""What depends on a batch's totals: the best variance, free bits, capacity, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from accuracy import assert_accurate, by_hand
-from ranks import losses_and_gradients
+from ranks import losses_and_gradients, options_of_totals
 from torch import Tensor
 
 import fastvae
@@ -144,7 +144,90 @@ def test_gradient_of_beta_and_double_backward_with_free_bits(impl: str, form: st
     assert torch.autograd.gradgradcheck(ours, leaves)
 
 
-def test_both_compile_whole() -> None:
+def capacities(mu: Tensor, logvar: Tensor, weight: Tensor) -> dict[str, float]:
+    """One below and one above the batch's mean KL."""
+    kl = (weight[:, None] * 0.5 * (mu**2 + logvar.exp() - 1 - logvar)).sum(1).mean().item()
+    return {"below": 0.6 * kl, "above": 1.7 * kl}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("side", ["below", "above"])
+@pytest.mark.parametrize("beta", [1.7, "tensor", 0.0])
+@pytest.mark.parametrize("kl_reduction", ["batchmean", "sum", "mean", "batchmean of kl"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_capacity(impl: str, side: str, beta: float | str, kl_reduction: str, weighted: bool) -> None:
+    tensors = inputs()
+    factor = torch.rand(()) + 0.5 if isinstance(beta, str) else beta
+    weight = torch.rand(12) if weighted else torch.ones(12)
+    capacity = capacities(*tensors[2:], weight)[side]
+    kl_reduction, _, given = kl_reduction.partition(" of ")
+    scale = {"batchmean": 1.0, "sum": 12.0, "mean": 1 / 7}[kl_reduction]
+    options = {"beta": factor, "kl_reduction": kl_reduction, "impl": impl}
+    if weighted:
+        options["weight"] = weight
+
+    def hand(h: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        recon, kl = by_hand(h, x, mu, logvar)
+        w = weight.to(h.dtype)
+        return (w * recon).mean() + scale * factor * ((w * kl).mean() - capacity).abs()
+
+    def ours(h: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        if given:
+            kl = by_hand(h, x, mu, logvar)[1]
+            return fastvae.elbo(h, x, kl=kl, capacity=capacity, **options).loss
+        return fastvae.elbo(h, x, mu, logvar, capacity=capacity, **options).loss
+
+    check(ours, hand, tensors)
+    terms, plain = (fastvae.elbo(*tensors, capacity=c, **options) for c in (capacity, None))
+    torch.testing.assert_close(terms[1:], plain[1:])
+    module = fastvae.ELBOLoss(capacity=torch.tensor(capacity), **{k: options[k] for k in ("beta", "impl")})
+    if kl_reduction == "batchmean" and not weighted:
+        torch.testing.assert_close(module(*tensors), terms.loss)
+        torch.testing.assert_close(
+            fastvae.fused_elbo(*tensors, capacity=capacity, beta=factor, impl=impl)[0], terms.loss
+        )
+        assert "capacity=" in repr(module)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_kl_at_its_capacity_has_no_gradient(impl: str) -> None:
+    x_hat, x, _, _ = inputs()
+    mu = torch.tensor([[3.0, 1.0]] * 12, requires_grad=True)  # a KL of 5, exactly
+    logvar = torch.zeros_like(mu, requires_grad=True)
+    terms = fastvae.elbo(x_hat, x, mu, logvar, capacity=5.0, beta=7.0, impl=impl)
+    assert terms.loss == terms.recon
+    assert terms.kl == 5
+    for g in torch.autograd.grad(terms.loss, (mu, logvar)):
+        assert not g.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_capacity_hides_nothing_that_is_not_finite(impl: str) -> None:
+    tensors = inputs()
+    for value, expected in ((math.nan, math.isnan), (math.inf, math.isinf)):
+        tensors[2][3, 1] = value
+        assert expected(fastvae.elbo(*tensors, capacity=3.0, impl=impl).loss.item())
+    assert fastvae.elbo(*tensors, capacity=3.0, beta=0.0, impl=impl).loss.isfinite()
+    empty = [t[:0] for t in tensors]
+    assert fastvae.elbo(*empty, capacity=3.0, impl=impl).loss == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("side", ["below", "above"])
+def test_gradients_of_beta_and_capacity_and_double_backward(impl: str, side: str) -> None:
+    tensors = [t.double() for t in inputs(4, 3, 5)]
+    capacity = capacities(*tensors[2:], torch.ones(4))[side]
+
+    def ours(mu: Tensor, logvar: Tensor, beta: Tensor, capacity: Tensor) -> Tensor:
+        return fastvae.elbo(*tensors[:2], mu, logvar, beta=beta, capacity=capacity, impl=impl).loss
+
+    numbers = [torch.tensor(t, dtype=torch.float64) for t in (1.3, capacity)]
+    leaves = [t.requires_grad_() for t in (*tensors[2:], *numbers)]
+    assert torch.autograd.gradcheck(ours, leaves)
+    assert torch.autograd.gradgradcheck(ours, leaves)
+
+
+def test_all_compile_whole() -> None:
     tensors = inputs()
 
     def step(*t: Tensor) -> Tensor:
@@ -152,6 +235,7 @@ def test_both_compile_whole() -> None:
             fastvae.elbo(*t, free_bits=0.4).loss
             + fastvae.elbo(*t, free_bits=0.4, free_bits_form="element").loss
         )
+        bits = bits + fastvae.elbo(*t, capacity=2.0, beta=0.7).loss
         return bits + fastvae.elbo(*t, likelihood="gaussian", log_variance="batch").loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -165,10 +249,7 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path: Path) -> None:
     torch.save(batch, tmp_path / "batch.pt")
     torch.multiprocessing.spawn(losses_and_gradients, args=(2, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    for name, options in (
-        ("variance", {"likelihood": "gaussian", "log_variance": "batch"}),
-        ("free bits", {"free_bits": 0.5}),
-    ):
+    for name, options in options_of_totals(batch, 2).items():
         whole = gradients(lambda *t, o=options: fastvae.elbo(*t, **o).loss, batch)
         losses, *grads = zip(*(rank[name] for rank in ranks), strict=True)
         torch.testing.assert_close(sum(losses) / 2, whole[0])
@@ -186,6 +267,15 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path: Path) -> None:
         (
             {"likelihood": "gaussian", "log_variance": "batch", "reduction": "none"},
             'log_variance: got "batch", .* with reduction "none"',
+        ),
+        ({"capacity": -1.0}, "capacity: got -1.0, expected nats a datum, at least 0"),
+        ({"capacity": math.nan}, "capacity: got nan"),
+        ({"capacity": torch.ones(2)}, r"capacity: got shape \(2,\), expected a number or one element"),
+        ({"capacity": 1.0, "reduction": "none"}, 'capacity: .* which reduction "none" does not take'),
+        ({"capacity": 1.0, "free_bits": 0.1}, "capacity: given with free_bits 0.1, expected one of the two"),
+        (
+            {"capacity": 1.0, "beta": torch.ones(7)},
+            r"beta: got shape \(7,\) with capacity",
         ),
         ({"free_bits": 1.0, "mu": None, "logvar": None, "kl": torch.zeros(12)}, "free_bits: given with kl"),
     ],

@@ -15,7 +15,7 @@ from fastvae.training.checkpoint import load_newest_checkpoint, without_prefix
 from fastvae.training.config import ConfigError, TrainConfig
 from fastvae.training.device import choose_amp_dtype, choose_device
 from fastvae.training.optimizer import LOG_VARIANCE_LR_FACTOR, FusedAdam, make_optimizer
-from fastvae.training.schedules import kl_factor, lr_factor
+from fastvae.training.schedules import capacity_factor, kl_factor, lr_factor
 from fastvae.training.step import TrainStep
 from fastvae.training.trainer import Trainer
 from fastvae.training.weights import FlatWeights
@@ -380,6 +380,8 @@ SCHEDULED = [
     {"free_bits": 0.7, "kl_warmup": "cosine"},
     {"free_bits": 0.7, "free_bits_form": "element", "logvar_clamp": (-0.05, 0.1)},
     {"logvar_clamp": (-0.05, 0.1), "clip_norm": 0.1},
+    {"capacity": 3.0, "capacity_steps": 8, "beta": 5.0, "kl_warmup": "linear"},
+    {"capacity": 0.01, "likelihood": "gaussian"},
 ]
 
 
@@ -407,6 +409,8 @@ def _by_hand(model, x, config, seed):
         if config.free_bits is not None:
             kl = (kl.mean(0) if config.free_bits_form == "batch" else kl).clamp(min=config.free_bits)
         kl = kl.sum() if kl.ndim == 1 else kl.sum(1).mean()
+        if config.capacity is not None:
+            kl = (kl - config.capacity * capacity_factor(step, TOTAL, config.capacity_steps)).abs()
         beta = config.beta * kl_factor(step, TOTAL, config.kl_warmup, config.kl_warmup_steps)
         loss = recon.sum(1).mean() + beta * kl
         adam.zero_grad()
@@ -424,6 +428,7 @@ def _loss(model, config):
         logvar_clamp=config.logvar_clamp,
         free_bits=config.free_bits,
         free_bits_form=config.free_bits_form,
+        capacity=config.capacity,
     )
 
 
@@ -517,6 +522,17 @@ def test_validation_has_the_full_beta_and_no_free_bits(data):
     assert row["train_loss"] == pytest.approx(row["train_recon"] + floor, rel=2e-3)
     plain = evaluate(trainer.model, DataLoader(data[500:], 64), loss=ELBOLoss(beta=2.0))
     assert result.best["val_loss"] == pytest.approx(plain.loss.item(), rel=1e-6)
+
+
+def test_capacity_holds_the_kl_where_it_is(data):
+    """And validation has the full capacity and the KL of all data."""
+    trainer, result = _fit(data, epochs=40, lr=2e-3, beta=10.0, capacity=2.5, capacity_steps=100)
+    assert sum(row["train_kl"] for row in result.history[-10:]) / 10 == pytest.approx(2.5, abs=0.25)
+    row = result.history[-1]
+    assert row["val_loss"] == pytest.approx(row["val_recon"] + 10 * abs(row["val_kl"] - 2.5), rel=1e-5)
+    assert trainer.loss.capacity == 2.5
+    parts = evaluate(trainer.model, DataLoader(data[500:], 7), loss=trainer.loss)
+    assert parts.loss.item() == pytest.approx(result.best["val_loss"], rel=1e-4)
 
 
 def test_validation_clamps_as_training_does(data, seed):

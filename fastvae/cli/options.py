@@ -13,6 +13,7 @@ METAVARS: dict[str, str | tuple[str, ...]] = {
     "variance": "F|learned",
     "beta": "F",
     "free_bits": "F",
+    "capacity": "F",
     "logvar_clamp": ("LOW", "HIGH"),
     "lr": "F",
     "weight_decay": "F",

@@ -25,6 +25,7 @@ def negative_elbo(
     logvar_clamp: tuple[float, float] | None = None,
     free_bits: float | None = None,
     free_bits_form: FreeBitsForm = "batch",
+    capacity: float | None = None,
 ) -> ELBOLoss:
     """The loss of `model`: -log p(x|z) under its likelihood, with its variance, plus beta times the KL.
 
@@ -37,6 +38,7 @@ def negative_elbo(
         logvar_clamp=logvar_clamp,
         free_bits=free_bits,
         free_bits_form=free_bits_form,
+        capacity=capacity,
     )
 
 
@@ -57,11 +59,12 @@ def evaluate(
         not on the batch size.
     loss: its averages over batches are weighted by their sizes; None is the negative ELBO at beta = 1. Its
         clamp of logvar holds for z too. Its free bits are left out, for they are a means of training: the
-        loss here is recon + beta * kl.
+        loss here is recon + beta * kl; with a capacity recon + beta * |kl - capacity|, of the KL of all data.
 
     Returns float64 scalars. The model is left in the mode it was in. Raises ValueError for no data.
     """
-    loss = negative_elbo(model) if loss is None else _without_free_bits(loss)
+    loss = negative_elbo(model) if loss is None else loss
+    plain = _plain(loss)
     device = next(model.parameters()).device
     sums = torch.zeros(len(ELBOTerms._fields), dtype=torch.float64, device=device)
     count = 0
@@ -73,18 +76,24 @@ def evaluate(
                 mu, logvar = model.encode(x)
                 logvar = clamp_logvar(logvar, loss.spec)
                 z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=count)
-                sums += torch.stack(loss.terms(model.decode(z), x, kl=kl)).double() * len(x)
+                sums += torch.stack(plain.terms(model.decode(z), x, kl=kl)).double() * len(x)
                 count += len(x)
     finally:
         model.train(was_training)
     if count == 0:
         raise ValueError("batches: got no data to evaluate on, expected at least one batch")
-    return ELBOTerms(*(sums / count).cpu())
+    total, recon, kl = (sums / count).cpu()
+    if loss.capacity is not None:
+        total = recon + float(loss.beta) * (kl - float(loss.capacity)).abs()
+    return ELBOTerms(total, recon, kl)
 
 
-def _without_free_bits(loss: ELBOLoss) -> ELBOLoss:
-    if loss.spec.free_bits is None:
+def _plain(loss: ELBOLoss) -> ELBOLoss:
+    """`loss` as recon + beta * kl."""
+    if loss.spec.free_bits is None and loss.capacity is None:
         return loss
-    plain = copy.copy(loss)  # with the same parameters and buffers
+    plain = copy.copy(loss)  # with the same parameters, and the buffers in a dictionary of its own
+    plain._buffers = dict(loss._buffers)
     plain.spec = replace(loss.spec, free_bits=None)
+    plain.capacity = None
     return plain

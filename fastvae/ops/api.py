@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import totals
-from .checks import check_scale, elbo_extents, latent_extents, make_spec, scale_form
+from .checks import check_capacity, check_scale, elbo_extents, latent_extents, make_spec, scale_form
 from .dispatch import run, run_with_gradients, seed_for
 from .types import ELBOTerms, Extents, Forward, FreeBitsForm, Impl, Inputs, Likelihood, Reduction, Spec
 
@@ -40,6 +40,7 @@ def elbo(
     logvar_clamp: tuple[float, float] | None = None,
     free_bits: float | None = None,
     free_bits_form: FreeBitsForm = "batch",
+    capacity: float | Tensor | None = None,
     process_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> ELBOTerms:
@@ -76,8 +77,11 @@ def elbo(
         free_bits: nats a latent below which its KL is counted as this much and has no gradient (Kingma et al.
             2016, appendix C8). `kl` of the result is the KL itself.
         free_bits_form: "batch" floors each latent's mean over the batch, "element" each datum's KL by latent.
-        process_group: ranks over which log_variance="batch" and batch-form free bits take their means, as
-            with data-parallel training; each rank's loss is still that of its own data.
+        capacity: C in nats, a float or a 0-d tensor: the KL term of the loss becomes beta * |KL - C| with the
+            batch's mean KL (Burgess et al. 2018, equation 8); beta is one value then. `kl` of the result is
+            the KL itself.
+        process_group: ranks over which log_variance="batch", batch-form free bits and capacity take their
+            means, as with data-parallel training; each rank's loss is still that of its own data.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -96,54 +100,58 @@ def elbo(
         free_bits, free_bits_form,
     )  # fmt: skip
     given = Inputs(x_hat, x, mu, logvar, kl, weight, beta)
-    return elbo_from_spec(given, log_variance, log_scale, spec, process_group, impl)
+    check_capacity(capacity, spec)
+    return elbo_from_spec(given, log_variance, log_scale, capacity, spec, process_group, impl)
 
 
 def elbo_from_spec(
     inputs: Inputs,
     log_variance: float | Tensor | str,
     log_scale: float | Tensor,
+    capacity: float | Tensor | None,
     spec: Spec,
     process_group: ProcessGroup | None,
     impl: Impl,
 ) -> ELBOTerms:
     """`elbo` with its choices already checked."""
-    call = _prepare_loss(inputs, log_variance, log_scale, spec, process_group, impl)
-    return _terms(run(*call[:3], impl), call.floor)
+    call = _prepare_loss(inputs, log_variance, log_scale, capacity, spec, process_group, impl)
+    return _terms(run(*call[:3], impl), call.added)
 
 
 def elbo_with_gradients(
     inputs: Inputs,
     log_variance: float | Tensor | str,
     log_scale: float | Tensor,
+    capacity: float | Tensor | None,
     spec: Spec,
     process_group: ProcessGroup | None,
     impl: Impl,
 ) -> tuple[ELBOTerms, list[tuple[Tensor, Tensor]]]:
     """`elbo_from_spec` of a scalar loss, and where its backward begins: tensors, each with its gradient."""
-    call = _prepare_loss(inputs, log_variance, log_scale, spec, process_group, impl)
+    call = _prepare_loss(inputs, log_variance, log_scale, capacity, spec, process_group, impl)
     result, roots = run_with_gradients(*call[:3], impl)
-    return _terms(result, call.floor), roots
+    return _terms(result, call.added), roots
 
 
-def _terms(result: Forward, floor: Tensor | None) -> ELBOTerms:
+def _terms(result: Forward, added: Tensor | None) -> ELBOTerms:
     loss, recon, kl = cast("tuple[Tensor, Tensor, Tensor]", result[:3])
-    return ELBOTerms(loss if floor is None else loss + floor, recon, kl)
+    return ELBOTerms(loss if added is None else loss + added, recon, kl)
 
 
 class _Call(NamedTuple):
-    """A call as the implementations take it; `floor` is what is to be added to the loss."""
+    """A call as the implementations take it; `added` is what is to be added to the loss."""
 
     inputs: Inputs
     spec: Spec
     extents: Extents
-    floor: Tensor | None
+    added: Tensor | None
 
 
 def _prepare_loss(
     inputs: Inputs,
     log_variance: float | Tensor | str,
     log_scale: float | Tensor,
+    capacity: float | Tensor | None,
     spec: Spec,
     process_group: ProcessGroup | None,
     impl: Impl,
@@ -154,13 +162,14 @@ def _prepare_loss(
             'kl_reduction: got "mean" with kl given, which does not say the number of latents to divide by; '
             "give mu and logvar instead, or another reduction"
         )
-    return _prepare(inputs, log_variance, log_scale, spec, process_group, impl)
+    return _prepare(inputs, log_variance, log_scale, capacity, spec, process_group, impl)
 
 
 def _prepare(
     inputs: Inputs,
     log_variance: float | Tensor | str,
     log_scale: float | Tensor,
+    capacity: float | Tensor | None,
     spec: Spec,
     process_group: ProcessGroup | None,
     impl: Impl,
@@ -173,14 +182,20 @@ def _prepare(
     form = scale_form(scale, "log_scale" if spec.likelihood == "laplace" else "log_variance", inputs, extents)
     if form != spec.scale_form:
         spec = replace(spec, scale_form=form)
-    floor = None
+    added = None
     if spec.free_bits is not None:
         if inputs.kl is not None:
             raise ValueError("free_bits: given with kl, expected mu and logvar, whose KL is by latent")
         if spec.free_bits_form == "batch":
-            beta, floor = totals.floored_beta(inputs, spec, extents, process_group, impl)
+            beta, added = totals.floored_beta(inputs, spec, extents, process_group, impl)
             inputs, spec = inputs._replace(beta=beta), replace(spec, free_bits=None)
-    return _Call(inputs._replace(log_scale=scale), spec, extents, floor)
+    if capacity is not None:
+        if isinstance(inputs.beta, Tensor) and inputs.beta.numel() != 1:
+            shape = tuple(inputs.beta.shape)
+            raise ValueError(f"beta: got shape {shape} with capacity, expected one value")
+        beta, added = totals.signed_beta(inputs, spec, extents, capacity, process_group, impl)
+        inputs = inputs._replace(beta=beta)
+    return _Call(inputs._replace(log_scale=scale), spec, extents, added)
 
 
 def sample_and_kl(
@@ -275,6 +290,7 @@ def fused_elbo(
     logvar_clamp: tuple[float, float] | None = None,
     free_bits: float | None = None,
     free_bits_form: FreeBitsForm = "batch",
+    capacity: float | Tensor | None = None,
     process_group: ProcessGroup | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
@@ -295,9 +311,12 @@ def fused_elbo(
         free_bits, free_bits_form,
     )  # fmt: skip
     given = Inputs(x_hat, x, mu, logvar, None, weight, beta)
-    inputs, spec, extents, floor = _prepare(given, log_variance, log_scale, spec, process_group, impl)
+    check_capacity(capacity, spec)
+    inputs, spec, extents, added = _prepare(
+        given, log_variance, log_scale, capacity, spec, process_group, impl
+    )
     inputs = inputs._replace(seed=seed_for(mu, generator) if seed is None else seed)
     result = run(inputs, replace(spec, sample=True, offset=offset, first_row=first_row), extents, impl)
     loss, _, _, z, kl = cast("tuple[Tensor, Tensor, Tensor, Tensor, Tensor]", result)
     lead = () if x_hat.shape[0] == extents.batch and extents.samples == 1 else (extents.samples,)
-    return loss if floor is None else loss + floor, z.reshape(*lead, *mu.shape), kl
+    return loss if added is None else loss + added, z.reshape(*lead, *mu.shape), kl

@@ -110,6 +110,23 @@ def check_scale(
     return "batch"
 
 
+def check_capacity(capacity: float | Tensor | None, spec: Spec) -> None:
+    if capacity is None:
+        return
+    if spec.per_sample:
+        raise ValueError(
+            'capacity: it is compared with the KL of a batch, which reduction "none" does not take; expected '
+            "another reduction"
+        )
+    if spec.free_bits is not None:
+        raise ValueError(f"capacity: given with free_bits {spec.free_bits}, expected one of the two")
+    if isinstance(capacity, Tensor):
+        if capacity.numel() != 1:
+            raise ValueError(f"capacity: got shape {tuple(capacity.shape)}, expected a number or one element")
+    elif not 0 <= capacity < math.inf:
+        raise ValueError(f"capacity: got {capacity}, expected nats a datum, at least 0")
+
+
 def scale_form(log_scale: float | Tensor, name: str, inputs: Inputs, extents: Extents) -> ScaleForm:
     """How log_scale is laid out, from its shape."""
     if not isinstance(log_scale, Tensor) or log_scale.numel() == 1:

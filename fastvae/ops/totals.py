@@ -1,7 +1,8 @@
-"""What depends on the totals of a batch: the best variance, and free bits by latent. One reduction more.
+"""What depends on a batch's totals: the best variance, free bits by latent, capacity. One reduction more.
 
-Both are found first, without a gradient, and then stand in the loss as numbers: the loss is stationary in the
-best variance, and a mean above its floor is linear in its elements, so that the gradients are exact.
+All are found first, without a gradient, and then stand in the loss as numbers: the loss is stationary in the
+best variance, and a mean above its floor, or on one side of a capacity, is linear in its elements, so that
+the gradients are exact.
 """
 
 from __future__ import annotations
@@ -56,6 +57,44 @@ def floored_beta(
     beta = torch.as_tensor(inputs.beta, dtype=sums.dtype, device=sums.device).expand(extents.latents)
     floor = torch.where(free, beta, 0.0).sum() * (spec.free_bits * extents.batch * spec.kl_scale(extents))
     return torch.where(free, 0.0, beta), floor
+
+
+def signed_beta(
+    inputs: Inputs,
+    spec: Spec,
+    extents: Extents,
+    capacity: float | Tensor,
+    group: ProcessGroup | None,
+    impl: Impl,
+) -> tuple[Tensor, Tensor]:
+    """beta with the sign of the batch's mean KL - capacity; and what the capacity then adds to the loss.
+
+    beta * |mean_b KL_b - capacity|, in nats: Burgess et al. 2018, "Understanding disentangling in beta-VAE",
+    equation 8.
+    """
+    with torch.no_grad():
+        total = _kl_sum(inputs, spec, extents, impl)
+        totals = _over_ranks(torch.stack((total, torch.full_like(total, extents.batch))), group)
+        excess = totals[0] / totals[1].clamp(min=1) - _scalar(capacity, total.dtype)
+        # torch.sign is 0 of NaN, and a beta of 0 would hide it
+        sign = torch.where(excess > 0, 1.0, torch.where(excess < 0, -1.0, excess * 0)).to(total.dtype)
+    beta = sign * _scalar(inputs.beta, total.dtype)
+    return beta, -beta * _scalar(capacity, total.dtype) * (extents.batch * spec.kl_scale(extents))
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return value.to(dtype).view(()) if isinstance(value, Tensor) else value
+
+
+def _kl_sum(inputs: Inputs, spec: Spec, extents: Extents, impl: Impl) -> Tensor:
+    """The KL summed over the batch with its weights."""
+    kl, weight = inputs.kl, inputs.weight
+    if kl is None:
+        return latent_kl_sums(inputs, spec, extents, impl).sum()
+    kl = kl.to(inputs.compute_dtype)
+    if weight is not None:
+        kl = torch.where(weight == 0, 0.0, weight.to(kl.dtype) * kl)
+    return kl.sum()
 
 
 def _over_ranks(totals: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -112,6 +112,15 @@ class TrainConfig(BaseModel):
     free_bits_form: Literal["batch", "element"] = Field(
         "batch", description="what --free-bits floors: a latent's mean over the batch, or that of each datum"
     )
+    capacity: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="hold the KL at C nats, by beta * |KL - C|; C rises from 0 to this",
+    )
+    capacity_steps: int | None = Field(
+        None, ge=1, description="steps in which C of --capacity rises (default: half of all steps)"
+    )
     logvar_clamp: Annotated[tuple[float, float] | None, BeforeValidator(_interval)] = Field(
         None, description="bounds of the posterior's log variance, in training and validation"
     )
@@ -181,6 +190,11 @@ class TrainConfig(BaseModel):
         if self.max_skipped_steps is not None and self.non_finite != "skip":
             got = f"got {self.max_skipped_steps} with non_finite {self.non_finite}"
             raise ConfigError("max_skipped_steps", f"{got}, expected it with skip only")
+        if self.capacity is not None and self.free_bits is not None:
+            got = f"got {self.capacity:g} with free_bits {self.free_bits:g}"
+            raise ConfigError("capacity", f"{got}, expected one of the two")
+        if self.capacity_steps is not None and self.capacity is None:
+            raise ConfigError("capacity_steps", f"got {self.capacity_steps} without capacity, expected both")
         if self.free_bits_form != "batch" and self.free_bits is None:
             got = f"got {self.free_bits_form} without free_bits"
             raise ConfigError("free_bits_form", f"{got}, expected it with free_bits only")

@@ -43,3 +43,11 @@ def kl_factor(step: int, total: int, schedule: KLWarmup = "none", warmup: int | 
         return min(2 * (step % warmup) / warmup, 1.0)
     done = min(step / warmup, 1.0)
     return done if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done))
+
+
+def capacity_factor(step: int, total: int, steps: int | None = None) -> float:
+    """The factor of the KL's capacity: from 0 to 1 in the first `steps` steps, half of `total` if None.
+
+    Burgess et al. 2018, "Understanding disentangling in beta-VAE".
+    """
+    return min(step / (max(total / 2, 1) if steps is None else steps), 1.0)

@@ -18,7 +18,7 @@ from ..ops.reference import clamp_logvar
 from .config import DEFAULT_MAX_SKIPPED, TrainConfig
 from .numbers import SkippedSteps
 from .optimizer import NativeAdam, make_optimizer
-from .schedules import kl_factor, lr_factor
+from .schedules import capacity_factor, kl_factor, lr_factor
 from .tape import Tape, is_recordable, record
 from .weights import FlatWeights
 
@@ -35,8 +35,8 @@ class TrainStep:
         gradients (torch.amp.GradScaler) and leaves out steps whose gradients overflow.
     max_skipped: a step whose loss or gradient is not finite is not applied; more than so many in a row raise
         NonFiniteError: at once on a CPU, elsewhere when the averages are read.
-    lr_factor, kl_factor: the factors of `lr` and of the loss's beta in each step, counted from 0; None is 1.
-        `loss` itself keeps its beta.
+    lr_factor, kl_factor, capacity_factor: the factors of `lr` and of the loss's beta and capacity in each
+        step, counted from 0; None is 1. `loss` itself keeps its beta and capacity.
     steps: how many were made, which is all the state that the schedules have.
     count: the data trained on since `reset`.
     skipped: what is known of steps that were not applied.
@@ -56,16 +56,19 @@ class TrainStep:
         max_skipped: int = 0,
         lr_factor: Callable[[int], float] | None = None,
         kl_factor: Callable[[int], float] | None = None,
+        capacity_factor: Callable[[int], float] | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self.model = model
         self.loss = loss
         self.lr = lr
         self.steps = 0
-        self._lr_factor, self._kl_factor = lr_factor, kl_factor
-        if kl_factor is not None:
-            self.loss, self._beta = _with_own_beta(loss, device)
-            self._full_beta = self._beta.clone()
+        self._lr_factor = lr_factor
+        factors = {"beta": kl_factor, "capacity": capacity_factor}
+        self._factors = {name: factor for name, factor in factors.items() if factor is not None}
+        if self._factors:
+            self.loss = _with_own(loss, list(self._factors), device)
+            self._full = {name: getattr(self.loss, name).clone() for name in self._factors}
         learned_by_loss = list(self.loss.parameters())
         names_of_loss = [name for name, _ in self.loss.named_parameters()]
         self.weights = FlatWeights(model, amp_dtype, exclude=learned_by_loss)
@@ -91,6 +94,7 @@ class TrainStep:
         lr_changes = config.lr_schedule != "constant" or config.lr_warmup_steps > 0
         lr = partial(lr_factor, total=total_steps, schedule=config.lr_schedule, warmup=config.lr_warmup_steps)
         kl = partial(kl_factor, total=total_steps, schedule=config.kl_warmup, warmup=config.kl_warmup_steps)
+        capacity = partial(capacity_factor, total=total_steps, steps=config.capacity_steps)
         return cls(
             model,
             loss,
@@ -103,14 +107,15 @@ class TrainStep:
             max_skipped=0 if config.non_finite == "stop" else config.max_skipped_steps or DEFAULT_MAX_SKIPPED,
             lr_factor=lr if lr_changes else None,
             kl_factor=kl if config.kl_warmup != "none" else None,
+            capacity_factor=capacity if loss.capacity is not None else None,
         )
 
     def __call__(self, x: Tensor) -> None:
         """Train on x, float32 [B, *item] on the model's device. Raises NonFiniteError."""
         if self._lr_factor is not None:
             self.optimizer.set_lr(self.lr * self._lr_factor(self.steps))
-        if self._kl_factor is not None:
-            torch.mul(self._full_beta, self._kl_factor(self.steps), out=self._beta)
+        for name, factor in self._factors.items():
+            torch.mul(self._full[name], factor(self.steps), out=getattr(self.loss, name))
         terms = self._backward(x)
         self.optimizer.step(terms)
         self.steps += 1
@@ -235,11 +240,12 @@ class TrainStep:
         self.skipped.count(findings, self.steps - len(findings) + 1)
 
 
-def _with_own_beta(loss: ELBOLoss, device: torch.device) -> tuple[ELBOLoss, Tensor]:
-    """A copy of `loss` that shares its parameters and has a beta of its own, a buffer; and that buffer."""
+def _with_own(loss: ELBOLoss, names: list[str], device: torch.device) -> ELBOLoss:
+    """A copy of `loss` that shares its parameters and has buffers of its own with these names."""
     shared = (*loss.parameters(), loss.process_group)
     own = copy.deepcopy(loss, {id(value): value for value in shared})
-    beta = torch.as_tensor(own.beta, dtype=torch.float32, device=device).detach().clone()
-    del own.beta
-    own.register_buffer("beta", beta, persistent=False)
-    return own, beta
+    for name in names:
+        value = torch.as_tensor(getattr(own, name), dtype=torch.float32, device=device).detach().clone()
+        delattr(own, name)
+        own.register_buffer(name, value, persistent=False)
+    return own

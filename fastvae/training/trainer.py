@@ -69,8 +69,8 @@ class Trainer:
 
     train, val: batches x, float32 [B, *item], or (x, y) whose y is not used. `set_epoch(epoch)` of `train`
         is called before each epoch, where there is one.
-    loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits and logvar_clamp.
-        Validation uses it too, always with the full beta and without free bits.
+    loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits, capacity and
+        logvar_clamp. Validation uses it too, always with the full beta and capacity and without free bits.
     config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out`
         also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every
         `checkpoint_steps` and one at the end of each epoch. The other options describe what is given here.
@@ -116,6 +116,7 @@ class Trainer:
                 logvar_clamp=config.logvar_clamp,
                 free_bits=config.free_bits,
                 free_bits_form=config.free_bits_form,
+                capacity=config.capacity,
             )
         self.loss = loss.to(self.device)
         self.train = train
