@@ -17,6 +17,8 @@ from fastvae.training.config import ConfigError, TrainConfig
         TrainConfig(kl_warmup="cyclical", kl_warmup_steps=40, free_bits=0.0, free_bits_form="element"),
         TrainConfig(non_finite="skip", max_skipped_steps=3, ema_decay=0.999, patience=2),
         TrainConfig(capacity=25.0, capacity_steps=1000, beta=100.0),
+        TrainConfig(accumulate=4, checkpoint_activations=True, channels_last=True, model="conv"),
+        TrainConfig(accumulate=2, free_bits=0.1, free_bits_form="element"),
         TrainConfig(kl_warmup="linear", logvar_clamp=(-10, 10.5), free_bits=0.5),
     ],
 )
@@ -90,6 +92,16 @@ def test_strings_are_read_as_the_command_line_gives_them():
         ({"capacity": -1}, "capacity: got -1, expected a number greater than or equal to 0"),
         ({"capacity": 5.0, "free_bits": 0.1}, "capacity: got 5 with free_bits 0.1, expected one of the two"),
         ({"capacity_steps": 5}, "capacity_steps: got 5 without capacity, expected both"),
+        ({"accumulate": 0}, "accumulate: got 0, expected a number greater than or equal to 1"),
+        ({"accumulate": 129}, "accumulate: got 129 with batch_size 128, expected at most one part a datum"),
+        (
+            {"accumulate": 2, "free_bits": 0.1},
+            "accumulate: got 2 with free_bits, expected 1, since that takes the KL of a whole batch",
+        ),
+        (
+            {"accumulate": 2, "capacity": 5.0},
+            "accumulate: got 2 with capacity, expected 1, since that takes the KL of a whole batch",
+        ),
         ({"patience": 0}, "patience: got 0, expected a number greater than or equal to 1"),
         ({"ema_decay": "1"}, "ema_decay: got '1', expected a number less than 1"),
         ({"non_finite": "ignore"}, "non_finite: got 'ignore', expected 'stop' or 'skip'"),

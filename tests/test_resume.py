@@ -91,8 +91,8 @@ def assert_same(one: VAE, other: VAE) -> None:
 @pytest.mark.parametrize("stop_at", [0, 3, 10, 17, 39])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"amp": True}, {"optimizer": "adamw"}, {"ema_decay": 0.9}],
-    ids=["fp32", "amp", "adamw", "ema"],
+    [{}, {"amp": True}, {"optimizer": "adamw"}, {"ema_decay": 0.9}, {"accumulate": 3}],
+    ids=["fp32", "amp", "adamw", "ema", "accumulate"],
 )
 def test_stopped_anywhere_and_resumed_is_bit_equal(data, tmp_path, stop_at, options) -> None:
     """40 steps, 10 an epoch: in the first step, within an epoch, at its beginning, in the last step."""

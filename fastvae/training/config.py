@@ -131,6 +131,15 @@ class TrainConfig(BaseModel):
         None, ge=1, description="end when the validation loss has not improved in so many epochs"
     )
     batch_size: int = Field(128, ge=1, description="data in a step")
+    accumulate: int = Field(
+        1, ge=1, description="parts of a batch that a step computes one after another, to take less memory"
+    )
+    checkpoint_activations: bool = Field(
+        False, description="compute encoder and decoder again for their gradients, to take less memory"
+    )
+    channels_last: bool = Field(
+        False, description="lay images and convolutions out with the channels last, which GPUs like in bf16"
+    )
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate")
     lr_schedule: LRSchedule = Field("constant", description="cosine: the learning rate falls to 0")
     lr_warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
@@ -195,6 +204,13 @@ class TrainConfig(BaseModel):
             raise ConfigError("capacity", f"{got}, expected one of the two")
         if self.capacity_steps is not None and self.capacity is None:
             raise ConfigError("capacity_steps", f"got {self.capacity_steps} without capacity, expected both")
+        if self.accumulate > self.batch_size:
+            got = f"got {self.accumulate} with batch_size {self.batch_size}"
+            raise ConfigError("accumulate", f"{got}, expected at most one part a datum")
+        floored = self.free_bits is not None and self.free_bits_form == "batch"
+        if self.accumulate > 1 and (floored or self.capacity is not None):
+            got = f"got {self.accumulate} with {'free_bits' if floored else 'capacity'}"
+            raise ConfigError("accumulate", f"{got}, expected 1, since that takes the KL of a whole batch")
         if self.free_bits_form != "batch" and self.free_bits is None:
             got = f"got {self.free_bits_form} without free_bits"
             raise ConfigError("free_bits_form", f"{got}, expected it with free_bits only")

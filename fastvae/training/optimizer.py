@@ -152,7 +152,7 @@ class NativeAdam:
         for i, (leaf, offset) in enumerate(zip(weights.leaves, weights.offsets, strict=True)):
             if leaf.grad is None:
                 continue
-            gradient = leaf.grad.contiguous()
+            gradient = _laid_out_as(leaf, leaf.grad)
             gradients.append(gradient)  # alive while its address is in use
             indices.append(i)
             places = at + 4 * offset, mean_at + 4 * offset, square_at + 4 * offset
@@ -378,6 +378,13 @@ def _share_of_new(decay: float, steps: Number) -> Number:
     """
     share = 9 / (10 + steps)
     return share.clamp(min=1 - decay) if isinstance(share, Tensor) else max(share, 1 - decay)
+
+
+def _laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with its elements where `leaf` has its own."""
+    if gradient.stride() == leaf.stride():
+        return gradient
+    return torch.empty_like(leaf).copy_(gradient)
 
 
 def _finding(terms: ELBOTerms | None, parameter: int | None = None, overflow: bool = False) -> Finding:

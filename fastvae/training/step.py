@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..loss import ELBOLoss
 from ..models import VAE
 from ..ops import ELBOTerms, sample_and_kl
+from ..ops.library import random_bits
 from ..ops.reference import clamp_logvar
 from .config import DEFAULT_MAX_SKIPPED, TrainConfig
 from .numbers import SkippedSteps
@@ -35,6 +37,10 @@ class TrainStep:
         gradients (torch.amp.GradScaler) and leaves out steps whose gradients overflow.
     max_skipped: a step whose loss or gradient is not finite is not applied; more than so many in a row raise
         NonFiniteError: at once on a CPU, elsewhere when the averages are read.
+    accumulate: parts of a batch whose gradients are computed one after another and added up; noise, loss and
+        gradients are those of the whole batch.
+    checkpoint_activations: compute encoder and decoder again in backward, and do not keep what is in them.
+    channels_last: lay images and the weights of convolutions out with the channels last.
     lr_factor, kl_factor, capacity_factor: the factors of `lr` and of the loss's beta and capacity in each
         step, counted from 0; None is 1. `loss` itself keeps its beta and capacity.
     steps: how many were made, which is all the state that the schedules have.
@@ -54,6 +60,9 @@ class TrainStep:
         ema_decay: float | None = None,
         amp_dtype: torch.dtype = torch.float32,
         max_skipped: int = 0,
+        accumulate: int = 1,
+        checkpoint_activations: bool = False,
+        channels_last: bool = False,
         lr_factor: Callable[[int], float] | None = None,
         kl_factor: Callable[[int], float] | None = None,
         capacity_factor: Callable[[int], float] | None = None,
@@ -69,6 +78,13 @@ class TrainStep:
         if self._factors:
             self.loss = _with_own(loss, list(self._factors), device)
             self._full = {name: getattr(self.loss, name).clone() for name in self._factors}
+        self.accumulate = accumulate
+        self.checkpoint_activations = checkpoint_activations
+        self.channels_last = channels_last
+        if accumulate > 1:
+            _check_sums_over_parts(loss)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         learned_by_loss = list(self.loss.parameters())
         names_of_loss = [name for name, _ in self.loss.named_parameters()]
         self.weights = FlatWeights(model, amp_dtype, exclude=learned_by_loss)
@@ -105,6 +121,9 @@ class TrainStep:
             ema_decay=config.ema_decay,
             amp_dtype=amp_dtype,
             max_skipped=0 if config.non_finite == "stop" else config.max_skipped_steps or DEFAULT_MAX_SKIPPED,
+            accumulate=config.accumulate,
+            checkpoint_activations=config.checkpoint_activations,
+            channels_last=config.channels_last,
             lr_factor=lr if lr_changes else None,
             kl_factor=kl if config.kl_warmup != "none" else None,
             capacity_factor=capacity if loss.capacity is not None else None,
@@ -116,7 +135,9 @@ class TrainStep:
             self.optimizer.set_lr(self.lr * self._lr_factor(self.steps))
         for name, factor in self._factors.items():
             torch.mul(self._full[name], factor(self.steps), out=getattr(self.loss, name))
-        terms = self._backward(x)
+        if self.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        terms = self._backward(x) if self.accumulate == 1 else self._backward_by_parts(x)
         self.optimizer.step(terms)
         self.steps += 1
         # kept as they are until they are read, so that no step waits for the one before
@@ -135,7 +156,7 @@ class TrainStep:
                 terms = self.loss.terms(**self._loss_arguments(x))
                 self.optimizer.backward(terms.loss)
             return terms
-        kind = x.shape, x.dtype
+        kind = x.shape, x.stride(), x.dtype
         if kind in self._tapes:
             outputs = self._tapes[kind](x)
         else:
@@ -150,16 +171,38 @@ class TrainStep:
             leaf.grad = gradient
         return ELBOTerms(loss, recon, kl)
 
-    def _loss_arguments(self, x: Tensor) -> dict[str, Tensor]:
-        """What the loss is computed from."""
+    def _backward_by_parts(self, x: Tensor) -> ELBOTerms:
+        """`_backward` with the activations of one part of x at a time."""
+        seed = random_bits(x.device)
+        summed = torch.zeros(len(ELBOTerms._fields), device=x.device)
+        first = 0
+        with self.weights.lent():
+            for part in x.chunk(self.accumulate):
+                share = 1.0 if self.loss.spec.recon_reduction == "sum" else len(part) / len(x)
+                terms = self.loss.terms(**self._loss_arguments(part, seed, first))
+                self.optimizer.backward(terms.loss * share)
+                summed += torch.stack(terms).detach() * share
+                first += len(part)
+        return ELBOTerms(*summed)
+
+    def _loss_arguments(self, x: Tensor, seed: Tensor | None = None, first_row: int = 0) -> dict[str, Tensor]:
+        """What the loss of x is computed from; of a part of a batch that begins at `first_row`, with the
+        seed of its noise."""
+        spec = self.loss.spec
         with self._autocast:
-            mu, logvar = self.model.encode(x)
-            logvar = clamp_logvar(logvar, self.loss.spec)
-            z, kl = sample_and_kl(mu, logvar)
-            x_hat = self.model.decode(z)
-        if self.loss.spec.free_bits is None:
+            mu, logvar = self._run(self.model.encode, x)
+            logvar = clamp_logvar(logvar, spec)
+            z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=first_row)
+            x_hat = self._run(self.model.decode, z)
+        if self.channels_last:
+            x_hat, x = _in_one_order(x_hat, x, self.loss)
+        if spec.free_bits is None:
             return {"x_hat": x_hat, "x": x, "kl": kl}
         return {"x_hat": x_hat, "x": x, "mu": mu, "logvar": logvar}  # free bits need the KL of each latent
+
+    def _run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """Encoder or decoder."""
+        return checkpoint(part, x, use_reentrant=False) if self.checkpoint_activations else part(x)
 
     def _terms_and_gradients(self, x: Tensor) -> tuple[Tensor | None, ...]:
         terms, roots = self.loss.terms_and_gradients(**self._loss_arguments(x))
@@ -169,7 +212,8 @@ class TrainStep:
     def _new_tapes(self) -> dict[Any, Tape] | None:
         """A tape for each shape of x; None where steps run as they are written."""
         native = isinstance(self.optimizer, NativeAdam)
-        return {} if native and is_recordable(self.model, self.loss) else None
+        as_written = self.accumulate > 1 or self.checkpoint_activations
+        return {} if native and not as_written and is_recordable(self.model, self.loss) else None
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -238,6 +282,33 @@ class TrainStep:
         """Hear of the steps that were not applied. Raises NonFiniteError."""
         findings = self.optimizer.findings()
         self.skipped.count(findings, self.steps - len(findings) + 1)
+
+
+def _check_sums_over_parts(loss: ELBOLoss) -> None:
+    """Raise ValueError unless the loss of a batch is a sum over its parts."""
+    spec = loss.spec
+    reductions = {spec.recon_reduction, spec.kl_reduction}
+    found = ""
+    if isinstance(loss.log_variance, str):
+        found = 'log_variance="batch"'
+    elif loss.capacity is not None:
+        found = "a capacity"
+    elif spec.free_bits is not None and spec.free_bits_form == "batch":
+        found = "free bits by batch"
+    elif "none" in reductions or ("sum" in reductions and len(reductions) > 1):
+        found = " and ".join(f'reduction "{reduction}"' for reduction in sorted(reductions))
+    if found:
+        raise ValueError(f"accumulate: given for a loss with {found}, expected one that adds up over parts")
+
+
+def _in_one_order(x_hat: Tensor, x: Tensor, loss: ELBOLoss) -> tuple[Tensor, Tensor]:
+    """Images with their channels last, in the order in which they lie, so that the loss reads no copy."""
+    scales = (loss.log_variance, loss.log_scale)
+    by_element = any(isinstance(scale, Tensor) and scale.numel() > 1 for scale in scales)
+    images = x_hat.ndim == 4 and x_hat.shape == x.shape
+    if by_element or not images or x_hat.is_contiguous():
+        return x_hat, x
+    return x_hat.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
 
 
 def _with_own(loss: ELBOLoss, names: list[str], device: torch.device) -> ELBOLoss:

@@ -77,7 +77,7 @@ class Trainer:
     resume: go on with the run that is in `out`, from its newest checkpoint.
 
     Moves the model to the chosen device. Raises ConfigError for a device that is absent, a folder that
-    may not be written or patience without validation data, ValueError for no training data.
+    may not be written or an option that does not go with model or data, ValueError for no training data.
     """
 
     def __init__(
@@ -104,6 +104,10 @@ class Trainer:
         if config.patience is not None and val is None:
             got = f"got {config.patience} without validation data"
             raise ConfigError("patience", f"{got}, expected these, whose loss is to improve")
+        if config.channels_last and not any(p.ndim == 4 for p in model.parameters()):
+            raise ConfigError(
+                "channels_last", "given for a model without convolutions, expected one with them"
+            )
         if self.folder is not None:
             check_run_folder(self.folder, config.overwrite or resume)
         self.device, self.device_reason = choose_device(config.device)

@@ -24,9 +24,10 @@ _MATRIX_MODULES = (
 class FlatWeights:
     """The float32 weights of `model` as one tensor, so that the optimizer has one tensor to update.
 
-    The model's own parameters become views of it. `lent` puts copies in `amp_dtype` into the linear and
-    convolutional layers while a step runs; they are cast once an update, all together. Parameters of another
-    dtype, those without gradients and those in `exclude` stay as they are.
+    The model's own parameters become views of it, each with its layout (channels_last, say). `lent` puts
+    copies in `amp_dtype` into the linear and convolutional layers while a step runs; they are cast once an
+    update, all together. Parameters of another dtype, those without gradients and those in `exclude` stay as
+    they are.
 
     flat: all weights; its gradient is filled by `gather_gradients`.
     copies: their copies in `amp_dtype`, in the same places; None for float32.
@@ -105,9 +106,12 @@ class FlatWeights:
             parameter.data = parameter.detach().clone()
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        """`flat` in the shapes of the parameters."""
+        """`flat` in the shapes of the parameters, laid out as they are."""
         parts = flat.split([_padded(p) for p in self._parameters])
-        return [part[: p.numel()].view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]
+        return [
+            part.as_strided(p.shape, torch.empty_like(p).stride(), part.storage_offset())
+            for part, p in zip(parts, self._parameters, strict=True)
+        ]
 
 
 def _padded(parameter: nn.Parameter) -> int:
