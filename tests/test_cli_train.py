@@ -1,6 +1,5 @@
 """`fastvae train` as a user types it, on scikit-learn's digits."""
 
-import argparse
 import gzip
 import json
 import math
@@ -21,7 +20,6 @@ from sklearn.datasets import load_digits
 
 from fastvae import VAE, DataLoader, load
 from fastvae.cli import main
-from fastvae.cli.train import run as run_command
 from fastvae.data import split
 from fastvae.inference.evaluate import evaluate
 from fastvae.inference.generate import reconstruct, sample
@@ -135,13 +133,27 @@ def test_it_says_what_was_chosen_and_where_the_run_lies(finished):
     assert lines[-1] == "run: run"
 
 
-def test_train_toml_gives_the_same_run_again(finished, tmp_path):
+def test_train_toml_gives_the_same_run_again_in_another_folder(finished, tmp_path, monkeypatch):
     run, _ = finished
-    config = TrainConfig.from_toml(run / "train.toml").replace(out=str(tmp_path / "again"))
-    run_command(argparse.Namespace(**config.model_dump()))
-    assert TrainConfig.from_toml(tmp_path / "again" / "train.toml") == config
-    first, second = _summary(run), _summary(tmp_path / "again")
-    assert first["val_loss"] == second["val_loss"]
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["train", "--config", str(run / "train.toml")]) == 0
+    (again,) = (tmp_path / "runs").iterdir()
+    assert (again / "train.toml").read_text() == (run / "train.toml").read_text()
+    assert _summary(again)["val_loss"] == _summary(run)["val_loss"]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_replaced_another_does_not_replace_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", "digits", "--epochs", "1", "--hidden", "16"]
+    for _ in range(2):
+        assert main(["train", *options, "--out", "first", "--overwrite"]) == 0
+    first = _summary(tmp_path / "first")
+    assert main(["train", "--config", "first/train.toml", "--seed", "1"]) == 0
+    assert _summary(tmp_path / "first") == first
+    (second,) = (tmp_path / "runs").iterdir()
+    assert _summary(second)["seed"] == 1
 
 
 def test_conv_on_idx_files_with_a_test_set(tmp_path, monkeypatch, capsys):
@@ -181,6 +193,11 @@ def test_schedules_clipping_and_free_bits(tmp_path):
 def _npy(path, array):
     np.save(path, array)
     return str(path)
+
+
+def _toml(path, content):
+    path.write_text(content)
+    return path.name
 
 
 def _bad_data(tmp_path):
@@ -228,6 +245,31 @@ def _bad_data(tmp_path):
         "full folder": (["--data", good, "--out", "full"], "--out: got 'full', which is not empty"),
         "a file in the way": (["--data", good, "--out", "file/run"], "--out: got 'file/run', but file is"),
         "cuda": (["--device", "cuda"], "--device: got 'cuda'"),
+        "no config": (["--config", "nowhere.toml"], "nowhere.toml: No such file or directory"),
+        "not TOML": (["--config", "cut.npy"], "cut.npy: expected a TOML file: "),
+        "typo in config": (
+            ["--config", _toml(tmp_path / "typo.toml", "latent-dim = 3")],
+            "typo.toml: latent-dim: no such option; did you mean latent_dim?",
+        ),
+        "type in config": (
+            ["--config", _toml(tmp_path / "type.toml", 'epochs = "3"'), "--epochs", "3"],
+            "type.toml: epochs: got '3', expected a valid integer",
+        ),
+        "value in config": (
+            ["--config", _toml(tmp_path / "value.toml", "lr = 0")],
+            "value.toml: lr: got 0, expected a number greater than 0",
+        ),
+        "config and resume": (["--resume", "full", "--config", "x.toml"], "--resume: given with --config,"),
+        "config that does not go with a flag": (
+            [
+                "--config",
+                _toml(tmp_path / "a.toml", 'kl_warmup = "linear"\nkl_warmup_steps = 9\n'),
+                "--kl-warmup",
+                "none",
+            ],
+            "a.toml: kl_warmup_steps: got 9 with kl_warmup none, expected it with linear, cosine or "
+            "cyclical, or --no-kl-warmup-steps",
+        ),
     }
 
 
@@ -236,7 +278,8 @@ BAD = [
     "unknown data", "unknown model", "unknown option", "no value", "weight decay", "one bound", "bounds",
     "KL warm-up", "negative epochs", "fraction",
     "too small a fraction", "missing validation file", "other items", "variance", "conv", "bernoulli",
-    "full folder", "a file in the way",
+    "full folder", "a file in the way", "no config", "not TOML", "typo in config", "type in config",
+    "value in config", "config and resume", "config that does not go with a flag",
     pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
 ]  # fmt: skip
 

@@ -1,7 +1,152 @@
+import argparse
+
 import pytest
+import tomli_w
 from pydantic import ValidationError
 
-from fastvae.training.config import ConfigError, TrainConfig
+from fastvae.cli.options import add_train_options, train_config
+from fastvae.training.config import ConfigError, ConfigFileError, TrainConfig
+
+# of each option: a value for a file, what is typed on the command line, and the value which that means
+VALUES = {
+    "data": ("digits", ["a b.npy"], "a b.npy"),
+    "val": ("val.npy", ["0.25"], 0.25),
+    "model": ("conv", ["mlp"], "mlp"),
+    "hidden": ((64, 32), ["16"], (16,)),
+    "latent_dim": (3, ["4"], 4),
+    "likelihood": ("gaussian", ["bernoulli"], "bernoulli"),
+    "variance": (0.5, ["learned"], "learned"),
+    "beta": (0.5, ["2"], 2.0),
+    "kl_warmup": ("linear", ["cosine"], "cosine"),
+    "kl_warmup_steps": (30, ["40"], 40),
+    "free_bits": (0.5, ["0.25"], 0.25),
+    "free_bits_form": ("element", ["batch"], "batch"),
+    "logvar_clamp": ((-8, 8), ["-9", "9.5"], (-9, 9.5)),
+    "epochs": (3, ["4"], 4),
+    "batch_size": (32, ["64"], 64),
+    "lr": (0.01, ["1e-4"], 1e-4),
+    "lr_schedule": ("cosine", ["constant"], "constant"),
+    "lr_warmup_steps": (5, ["6"], 6),
+    "optimizer": ("adamw", ["adam"], "adam"),
+    "weight_decay": (0.1, ["0.2"], 0.2),
+    "clip_norm": (5.0, ["6"], 6.0),
+    "amp": (True, False, False),
+    "device": ("cpu", ["cuda"], "cuda"),
+    "seed": (2**40, ["7"], 7),
+    "out": ("a b/c", ["d"], "d"),
+    "overwrite": (True, False, False),
+    "checkpoint_steps": (100, ["200"], 200),
+    "download": (True, False, False),
+    "debug": (True, False, False),
+}
+# what an option needs beside it
+BESIDE = {
+    "kl_warmup_steps": {"kl_warmup": "linear"},
+    "free_bits_form": {"free_bits": 0.5},
+    "weight_decay": {"optimizer": "adamw"},
+}
+
+
+def _typed(name, strings):
+    """The command line for a value; of a boolean, for its opposite."""
+    flag = name.replace("_", "-")
+    if isinstance(strings, bool):
+        return [f"--{flag}" if strings else f"--no-{flag}"]
+    return [f"--{flag}", *strings]
+
+
+def _resolved(command_line, tmp_path, file=None):
+    """The options of a command line, with a file of options before it."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_train_options(parser)
+    if file is not None:
+        (tmp_path / "options.toml").write_text(tomli_w.dumps(file))
+        command_line = ["--config", str(tmp_path / "options.toml"), *command_line]
+    return train_config(parser.parse_args(command_line))
+
+
+def test_every_option_has_values_here():
+    """A new option goes into VALUES (and BESIDE, if it needs another)."""
+    assert list(VALUES) == list(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_flag_goes_before_the_file_and_the_file_before_the_default(name, tmp_path):
+    in_file, strings, expected = VALUES[name]
+    default = TrainConfig.model_fields[name].default
+    beside = BESIDE.get(name, {})
+    file = {**beside, name: in_file}
+    found = [
+        getattr(_resolved(command_line, tmp_path, given), name)
+        for command_line, given in (
+            ([], None), ([], {}), ([], beside), ([], file), (_typed(name, strings), file),
+            (_typed(name, strings), beside),
+        )
+    ]  # fmt: skip
+    assert found == [default, default, default, in_file, expected, expected]
+    assert in_file not in (default, expected)
+
+
+@pytest.mark.parametrize("name", [n for n in VALUES if TrainConfig.model_fields[n].default is None])
+def test_no_name_takes_back_what_the_file_says(name, tmp_path):
+    in_file, strings, expected = VALUES[name]
+    beside = BESIDE.get(name, {})
+    off = "--no-" + name.replace("_", "-")
+    assert _resolved([off], tmp_path, {**beside, name: in_file}) == TrainConfig(**beside)
+    # the last one holds
+    for command_line, value in (
+        ([off, *_typed(name, strings)], expected), ([*_typed(name, strings), off], None),
+    ):  # fmt: skip
+        assert getattr(_resolved(command_line, tmp_path, {**beside, name: in_file}), name) == value
+
+
+def test_a_toml_with_every_option_comes_back(tmp_path):
+    options = {name: in_file for name, (in_file, _, _) in VALUES.items()}
+    together = {"model": "mlp"}  # for hidden
+    config = _resolved([], tmp_path, options | together)
+    assert config.model_dump() == options | together
+    again = tmp_path / "again.toml"
+    again.write_text(config.to_toml())
+    assert TrainConfig.from_toml(again) == config
+    assert _resolved(["--config", str(again)], tmp_path) == config
+    assert len(again.read_text().splitlines()) >= len(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("epoch = 3", "epoch: no such option; did you mean epochs?"),
+        ("latent-dim = 3", "latent-dim: no such option; did you mean latent_dim?"),
+        ("[train]\nepochs = 3", "train: no such option"),
+        ('epochs = "3"', "epochs: got '3', expected a valid integer"),
+        ("epochs = 3.0", "epochs: got 3.0, expected a valid integer"),
+        ("epochs = true", "epochs: got True, expected a valid integer"),
+        ("epochs = [3]", "epochs: got [3], expected a valid integer"),
+        ('lr = "1e-3"', "lr: got '1e-3', expected a valid number"),
+        ("lr = nan", "lr: got nan, expected a finite number"),
+        ("lr = true", "lr: got True, expected a valid number"),
+        ("amp = 1", "amp: got 1, expected a valid boolean"),
+        ('amp = "yes"', "amp: got 'yes', expected a valid boolean"),
+        ("out = 3", "out: got 3, expected a valid string"),
+        ("data = 2020-01-01", "data: got datetime.date(2020, 1, 1), expected a valid string"),
+        ('hidden = ["400"]', "hidden: got '400', expected a valid integer"),
+        ("hidden = 400", "hidden: got 400, expected a valid list"),
+        ('logvar_clamp = ["-1", 1]', "logvar_clamp: got '-1', expected a valid number"),
+        ('variance = "0.5"', "variance: got '0.5', expected a valid number"),
+        ("val = true", "val: got True, expected a fraction between 0 and 1, or a file"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_the_file(line, message, tmp_path):
+    path = tmp_path / "options.toml"
+    path.write_text(line)
+    with pytest.raises(ConfigFileError) as error:
+        TrainConfig.from_toml(path)
+    assert str(error.value) == f"{path}: {message}"
+
+
+def test_a_wrong_flag_beside_a_good_file_does_not_name_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"^epochs: got '0'"):
+        _resolved(["--epochs", "0"], tmp_path, {"epochs": 3})
 
 
 @pytest.mark.parametrize(
@@ -133,5 +278,5 @@ def test_replace_validates():
 def test_a_file_that_is_not_toml(tmp_path):
     path = tmp_path / "train.toml"
     path.write_text("epochs = = 3")
-    with pytest.raises(ValueError, match=r"train\.toml: expected a TOML file"):
+    with pytest.raises(ConfigFileError, match=r"train\.toml: expected a TOML file"):
         TrainConfig.from_toml(path)

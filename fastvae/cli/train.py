@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..training.config import ConfigError, TrainConfig
-from .options import add_train_options, train_config
+from .options import add_train_options, given_options, train_config
 
 if TYPE_CHECKING:
     from ..data import DataLoader, Dataset, Source
@@ -105,8 +105,8 @@ def _options_of_run(arguments: argparse.Namespace) -> TrainConfig:
     from ..training.run_folder import OPTIONS_NAME
 
     folder = Path(arguments.resume)
-    given = {name: value for name, value in vars(arguments).items() if name in TrainConfig.model_fields}
-    others = sorted(given.keys() - {"epochs", "debug"})
+    given = given_options(arguments)
+    others = sorted(given.keys() - {"epochs", "debug"} | vars(arguments).keys() & {"config"})
     if others:
         expected = "the run's own options, and beside them only --epochs"
         raise ConfigError("resume", f"given with --{others[0].replace('_', '-')}, expected {expected}")

@@ -12,7 +12,7 @@ import sys
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from .schedules import KLWarmup, LRSchedule
@@ -32,6 +32,10 @@ class ConfigError(ValueError):
         super().__init__(f"{option}: {problem}")
         self.option = option
         self.problem = problem
+
+
+class ConfigFileError(ValueError):
+    """A file of options that is not TOML, or a wrong name or value in it; the message names the file."""
 
 
 def _variance(value: Any) -> Any:
@@ -219,15 +223,20 @@ class TrainConfig(BaseModel):
     def from_toml(cls, path: str | os.PathLike[str]) -> TrainConfig:
         """The options in a TOML file, such as a run's train.toml.
 
-        Raises ConfigError for a wrong name or value, ValueError for a file that is not TOML, OSError for
-        one that cannot be read.
+        Types are those of TOML: a number in quotes is an error. Raises ConfigFileError for a wrong name or
+        value and for a file that is not TOML, OSError for one that cannot be read.
         """
         with open(path, "rb") as file:
             try:
                 options = tomllib.load(file)
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}: expected a TOML file: {error}") from error
-        return cls(**options)
+                raise ConfigFileError(f"{path}: expected a TOML file: {error}") from error
+        try:
+            config = cls(**options)
+            _check_types(options)
+        except ConfigError as error:
+            raise ConfigFileError(f"{path}: {error}") from error
+        return config
 
     def to_toml(self) -> str:
         """The options as TOML; those without a value are left out."""
@@ -238,14 +247,28 @@ class TrainConfig(BaseModel):
         return TrainConfig(**{**self.model_dump(), **changes})
 
 
-def _first_problem(error: ValidationError) -> ConfigError:
-    """The first problem that pydantic found, in one line: what was got, what was expected."""
+def _check_types(options: dict[str, Any]) -> None:
+    """Raise ConfigError for a value that only a command line may give so: a number as a string, say."""
+    for option, value in options.items():
+        annotation: Any = TrainConfig.model_fields[option].annotation
+        strict = TypeAdapter(annotation, config=ConfigDict(strict=True))
+        try:
+            strict.validate_python(tuple(value) if isinstance(value, list) else value)
+        except ValidationError as error:
+            raise _first_problem(error, option) from None
+
+
+def _first_problem(error: ValidationError, option: str | None = None) -> ConfigError:
+    """The first problem that pydantic found, in one line: what was got, what was expected.
+
+    option: whose value it is; None where the error says so itself.
+    """
     problem = error.errors(include_url=False)[0]
-    option, message = str(problem["loc"][0]), problem["msg"]
+    option, message = option or str(problem["loc"][0]), problem["msg"]
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(option, TrainConfig.model_fields, n=1)
         return ConfigError(option, "no such option" + (f"; did you mean {near[0]}?" if near else ""))
-    expected = message.removeprefix("Input should be ").split(", unable to parse")[0]
+    expected = message.removeprefix("Input should be ").split(", unable to parse")[0].replace("tuple", "list")
     if expected.startswith(("greater", "less")):
         expected = f"a number {expected}"
     return ConfigError(option, f"got {problem['input']!r}, expected {expected}")

@@ -298,7 +298,9 @@ class Trainer:
             prepare_run_folder(self.folder)
             if self.model.config is not None:
                 write_json(self.folder / CONFIG_NAME, self.model.config)
-        (self.folder / OPTIONS_NAME).write_text(self.config.to_toml())
+        # without where it lies: as --config it begins a run of its own, and the folder can be moved
+        options = self.config.replace(out=None, overwrite=False)
+        (self.folder / OPTIONS_NAME).write_text(options.to_toml())
         rows = "".join(json.dumps(row) + "\n" for row in progress.history)
         (self.folder / METRICS_NAME).write_text(rows)
 
