@@ -224,7 +224,7 @@ def _bad_data(tmp_path):
         "objects": (["--data", "objects.npy"], "objects.npy"),
         "pickle": (["--data", "pickled.npy"], "pickled.npy"),
         "unknown data": (["--data", "digit"], "digits"),
-        "unknown model": (["--model", "rnn"], "--model: got 'rnn', expected 'mlp' or 'conv'"),
+        "unknown model": (["--model", "rnn"], "--model: got 'rnn', expected 'mlp', 'conv' or package."),
         "unknown option": (["--epoch", "3"], "--epoch: no such option; did you mean --epochs?"),
         "no value": (["--epochs"], "--epochs"),
         "weight decay": (["--weight-decay", "0.1"], "--weight-decay: got 0.1 with optimizer adam, expected"),

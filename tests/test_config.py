@@ -191,7 +191,7 @@ def test_strings_are_read_as_the_command_line_gives_them():
         ({"epochs": "many"}, "epochs: got 'many', expected a valid integer"),
         ({"epoch": 3}, "epoch: no such option; did you mean epochs?"),
         ({"zzz": 3}, "zzz: no such option"),
-        ({"model": "rnn"}, "model: got 'rnn', expected 'mlp' or 'conv'"),
+        ({"model": "rnn"}, "model: got 'rnn', expected 'mlp', 'conv' or package.module:Class"),
         ({"hidden": ["400", "0"]}, "hidden: got '0', expected a number greater than or equal to 1"),
         ({"lr": "nan"}, "lr: got 'nan', expected a finite number"),
         ({"beta": -1.0}, "beta: got -1.0, expected a number greater than or equal to 0"),

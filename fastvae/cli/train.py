@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError, TrainConfig
+from .model import build_model, likelihood_of_run, own_class
 from .options import add_train_options, given_options, train_config
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data import DataLoader, Dataset, Source
-    from ..models import VAE
     from ..ops import ELBOTerms
     from ..training.trainer import TrainResult
 
@@ -55,15 +58,19 @@ def run(arguments: argparse.Namespace) -> None:
     if config.out is not None:
         check_run_folder(Path(config.out), config.overwrite or resume)
     choose_device(config.device)
+    own = own_class(config)
 
     data = resolve(config.data, config.download)
-    out = Path(config.out or f"runs/{data.name}-{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = config.model.rpartition(":")[2]
+    out = Path(config.out or f"runs/{data.name}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     config = config.replace(
-        data=config.data or data.name, likelihood=_likelihood(config, data.name), out=str(out)
+        data=config.data or data.name, likelihood=likelihood_of_run(config, data.name, own), out=str(out)
     )
     train, val, test = _loaders(config, data)
     torch.manual_seed(config.seed)
-    model = _build_model(config, train.item_shape)
+    model, latent_shape = build_model(config, own, val)
+    config = config.replace(latent_dim=math.prod(latent_shape))
+    _print_data(data, train, val, test)
     trainer = Trainer(model, train, val, config=config, resume=resume)
 
     impl, impl_reason = resolve_impl("auto", trainer.device)
@@ -93,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": config.seed,
         "versions": _versions(),
     }
-    _write_run(out, model, val, summary)
+    _write_run(out, model, latent_shape, val, summary)
     if config.likelihood == "mse" and result.best["val_kl"] < COLLAPSED:
         found = f"the latents are hardly used (KL {result.best['val_kl']:.2g} nats)"
         print(f"{found}: mse stands for a variance of 1/2; --likelihood gaussian learns one that fits")
@@ -116,13 +123,6 @@ def _options_of_run(arguments: argparse.Namespace) -> TrainConfig:
             "resume", f"got '{folder}', which has no {OPTIONS_NAME}; expected a run of fastvae train"
         )
     return TrainConfig.from_toml(options).replace(out=str(folder), **given)
-
-
-def _likelihood(config: TrainConfig, data: str) -> Literal["mse", "gaussian", "bernoulli"]:
-    """What was asked for, else mse; but its variance of 1/2 is more than most of what digits varies."""
-    if config.likelihood is not None:
-        return config.likelihood
-    return "gaussian" if data == "digits" or config.variance is not None else "mse"
 
 
 def _loaders(config: TrainConfig, data: Dataset) -> tuple[DataLoader, DataLoader, DataLoader | None]:
@@ -149,12 +149,15 @@ def _loaders(config: TrainConfig, data: Dataset) -> tuple[DataLoader, DataLoader
     if config.model == "conv" and len(train.item_shape) != 3:
         expected = "channels x height x width; mlp takes any shape"
         raise ConfigError("model", f"got conv for items of {_shape(train)}, expected {expected}")
+    return train, val, test
+
+
+def _print_data(data: Dataset, train: DataLoader, val: DataLoader, test: DataLoader | None) -> None:
     if data.note:
         print(data.note)
     loaders = {"training": train, "validation": val} | ({} if test is None else {"test": test})
     sizes = ", ".join(f"{loader.n_samples:,} for {use}" for use, loader in loaders.items())
     print(f"data: {data.name}, items of {_shape(train)}, {sizes}")
-    return train, val, test
 
 
 def _check_unit_interval(source: Source) -> None:
@@ -168,21 +171,6 @@ def _check_unit_interval(source: Source) -> None:
 
 def _shape(loader: DataLoader) -> str:
     return " x ".join(map(str, loader.item_shape))
-
-
-def _build_model(config: TrainConfig, item_shape: tuple[int, ...]) -> VAE:
-    from ..models import VAE
-
-    likelihood = config.likelihood or "mse"
-    if config.model == "conv":
-        return VAE.conv(item_shape, config.latent_dim, likelihood=likelihood, variance=config.variance)
-    return VAE.mlp(
-        item_shape,
-        (400,) if config.hidden is None else config.hidden,
-        config.latent_dim,
-        likelihood=likelihood,
-        variance=config.variance,
-    )
 
 
 def _losses(test: ELBOTerms | None, result: TrainResult) -> dict[str, float | None]:
@@ -202,18 +190,20 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _write_run(out: Path, model: VAE, val: DataLoader, summary: dict[str, Any]) -> None:
-    """What a finished run leaves beside train.toml, metrics.jsonl and checkpoints/."""
-    from .. import models
+def _write_run(
+    out: Path, model: nn.Module, latent_shape: tuple[int, ...], val: DataLoader, summary: dict[str, Any]
+) -> None:
+    """What a finished run leaves beside what the training has written."""
     from ..inference import evaluate, generate, plots
+    from ..models.files import write_json
     from ..training import run_folder
 
     device = next(model.parameters()).device
     x = next(evaluate.inputs(val, device))[:RECONSTRUCTED]
-    models.save(model, out)
     plots.save_reconstructions(out / run_folder.RECONSTRUCTIONS_NAME, x, generate.reconstruct(model, x))
-    plots.save_samples(out / run_folder.SAMPLES_NAME, generate.sample(model, SAMPLED, seed=summary["seed"]))
-    models.files.write_json(out / run_folder.SUMMARY_NAME, summary)
+    drawn = generate.sample(model, SAMPLED, latent_shape=latent_shape, seed=summary["seed"])
+    plots.save_samples(out / run_folder.SAMPLES_NAME, drawn)
+    write_json(out / run_folder.SUMMARY_NAME, summary)
 
 
 def _print_end(summary: dict[str, Any], out: Path) -> None:

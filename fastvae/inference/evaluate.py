@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..loss import ELBOLoss
-from ..models import VAE
+from ..models.model import as_model, likelihood_of, log_variance_of
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.reference import clamp_logvar
 from ..ops.types import FreeBitsForm
@@ -19,7 +19,7 @@ Batch = Tensor | Sequence[Tensor]
 
 
 def negative_elbo(
-    model: VAE,
+    model: nn.Module,
     beta: float = 1.0,
     *,
     logvar_clamp: tuple[float, float] | None = None,
@@ -32,9 +32,9 @@ def negative_elbo(
     The other arguments are those of `fastvae.ELBOLoss`.
     """
     return ELBOLoss(
-        model.likelihood,
+        likelihood_of(model),
         beta=beta,
-        log_variance=model.log_variance,
+        log_variance=log_variance_of(model),
         logvar_clamp=logvar_clamp,
         free_bits=free_bits,
         free_bits_form=free_bits_form,
@@ -51,18 +51,21 @@ def inputs(batches: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def evaluate(
-    model: VAE, batches: Iterable[Batch], *, loss: ELBOLoss | None = None, seed: int = 0
+    model: nn.Module, batches: Iterable[Batch], *, loss: ELBOLoss | None = None, seed: int = 0
 ) -> ELBOTerms:
     """The loss and its terms over all data, in nats a datum: eval mode, float32, one z a datum.
 
+    model: one with `encode` and `decode`, as VAE.
     batches: x [B, *item] or (x, y) each. A datum's noise depends on `seed` and on its place among the data,
         not on the batch size.
     loss: its averages over batches are weighted by their sizes; None is the negative ELBO at beta = 1. Its
         clamp of logvar holds for z too. Its free bits are left out, for they are a means of training: the
         loss here is recon + beta * kl; with a capacity recon + beta * |kl - capacity|, of the KL of all data.
 
-    Returns float64 scalars. The model is left in the mode it was in. Raises ValueError for no data.
+    Returns float64 scalars. The model is left in the mode it was in. Raises ValueError for no data,
+    ModelError for a model without encode and decode.
     """
+    model = as_model(model)
     loss = negative_elbo(model) if loss is None else loss
     plain = _plain(loss)
     device = next(model.parameters()).device

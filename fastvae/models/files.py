@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import safetensors
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .model import Model, as_model, set_likelihood
+from .own import build
 from .vae import VAE
 
 CONFIG_NAME = "config.json"
@@ -35,11 +38,22 @@ def save(model: VAE, folder: str | os.PathLike[str]) -> None:
     save_weights(Path(folder, WEIGHTS_NAME), model.state_dict())
 
 
-def load(run: str | os.PathLike[str]) -> VAE:
-    """The model of a run folder, in eval mode, on the CPU. Nothing is unpickled.
+@overload
+def load(run: str | os.PathLike[str], model: None = None) -> VAE: ...
 
-    Raises ModelFilesError, which names the file, if the folder or a file is missing or is not what `save`
-    writes.
+
+@overload
+def load(run: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module]) -> Model: ...
+
+
+def load(run: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module] | None = None) -> Model:
+    """The model of a run folder, in eval mode, on the CPU. Nothing is unpickled, and no code is imported.
+
+    model: of a run with a model of the user's own: one to fill with the run's weights, or its class, to be
+        called with item_shape= and latent_dim= where its signature names them.
+
+    Raises ModelFilesError, which names the file, if the folder or a file is missing or is not what a training
+    writes, and where the model must be given.
     """
     folder = Path(run)
     if not folder.is_dir():
@@ -49,20 +63,45 @@ def load(run: str | os.PathLike[str]) -> VAE:
         if not path.is_file():
             raise ModelFilesError(f"{path}: no such file, expected a folder that a finished run has left")
     try:
-        model = VAE.from_config(json.loads(config_path.read_bytes()))
+        config = dict(json.loads(config_path.read_bytes()))
+        own = model is not None or ":" in str(config.get("architecture"))
+        loaded: Model | None = None if own else VAE.from_config(config)
     except (ValueError, TypeError) as error:
         raise ModelFilesError(f"{config_path}: expected a model's config as JSON: {error}") from error
+    if loaded is None:
+        loaded = _own(model, config, config_path)
     try:
         weights = safetensors.torch.load_file(weights_path)
     except safetensors.SafetensorError as error:
         raise ModelFilesError(f"{weights_path}: expected a safetensors file: {error}") from error
     try:
-        model.load_state_dict(weights)
+        loaded.load_state_dict(weights)
     except RuntimeError as error:
         first_line, *details = str(error).splitlines()
         detail = details[0].strip() if details else first_line
         raise ModelFilesError(f"{weights_path}: does not fit {config_path.name}: {detail}") from error
-    return model.eval()
+    return loaded.eval()
+
+
+def _own(
+    model: nn.Module | Callable[..., nn.Module] | None, config: Mapping[str, Any], config_path: Path
+) -> Model:
+    """The model that the user has given, or one of the class, with the likelihood that the run gave it."""
+    if model is None:
+        architecture = str(config["architecture"])
+        name = architecture.rpartition(":")[2]
+        raise ModelFilesError(
+            f"{config_path}: the model is {architecture}, and fastvae imports no code that a file names; "
+            f"expected that class, or a model of it: fastvae.load({str(config_path.parent)!r}, model={name})"
+        )
+    if isinstance(model, nn.Module):
+        own = as_model(model)
+    else:
+        latent_dim = config.get("latent_dim") or math.prod(config.get("latent_shape", ()))
+        own = build(model, config.get("item_shape", ()), latent_dim)
+    if not hasattr(own, "likelihood") and "likelihood" in config:
+        set_likelihood(own, config["likelihood"], config.get("variance"))
+    return own
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

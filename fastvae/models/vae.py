@@ -13,9 +13,10 @@ from ..ops import reparameterize
 from ..ops.types import Likelihood
 from .conv import ConvDecoder, ConvEncoder
 from .mlp import MLPDecoder, MLPEncoder
+from .model import LIKELIHOODS, Model
 
 
-class VAE(nn.Module):
+class VAE(Model):
     """A variational autoencoder (Kingma and Welling 2014).
 
     encoder: module, x [B, *item] -> (mu, logvar), [B, Z] each: the posterior q(z|x) = N(mu, exp(logvar)).
@@ -39,8 +40,8 @@ class VAE(nn.Module):
         log_variance: float | Literal["learned"] | None = None,
     ) -> None:
         super().__init__()
-        if likelihood not in ("mse", "gaussian", "bernoulli"):
-            raise ValueError(f"likelihood: got {likelihood!r}, expected one of mse, gaussian, bernoulli")
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood: got {likelihood!r}, expected one of {', '.join(LIKELIHOODS)}")
         if likelihood != "gaussian" and log_variance is not None:
             raise ValueError(f"log_variance: got {log_variance!r}, expected None under {likelihood!r}")
         self.encoder = encoder

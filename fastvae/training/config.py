@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import sys
 from typing import Annotated, Any, Literal
 
@@ -74,6 +75,13 @@ def _interval(value: Any) -> Any:
     return low, high
 
 
+def _model(value: Any) -> Any:
+    if value in ("mlp", "conv") or (isinstance(value, str) and re.fullmatch(r"\w[\w.]*:\w[\w.]*", value)):
+        return value
+    expected = "'mlp', 'conv' or package.module:Class"
+    raise PydanticCustomError("model", "Input should be {expected}", {"expected": expected})
+
+
 Width = Annotated[int, Field(ge=1)]
 
 
@@ -90,7 +98,11 @@ class TrainConfig(BaseModel):
     val: Annotated[float | str, BeforeValidator(_file_or_fraction)] = Field(
         0.1, description="validation data: a file, or a fraction of the training data"
     )
-    model: Literal["mlp", "conv"] = Field("mlp", description="architecture of encoder and decoder")
+    model: Annotated[str, BeforeValidator(_model)] = Field(
+        "mlp",
+        description="architecture of encoder and decoder: mlp, conv, or a class of your own, "
+        "package.module:Class, found from the current folder",
+    )
     hidden: tuple[Width, ...] | None = Field(
         None, description="widths of the mlp's hidden layers, mirrored in the decoder (default: 400)"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..loss import ELBOLoss
-from ..models import VAE
+from ..models import Model
 from .checkpoint import CheckpointError, prefixed, without_prefix
 from .step import TrainStep
 
@@ -56,7 +56,7 @@ class Progress:
         return cls(**{name: value for name, value in state.items() if name != "batches"})
 
 
-def training_tensors(model: VAE, loss: ELBOLoss, step: TrainStep) -> dict[str, Tensor]:
+def training_tensors(model: Model, loss: ELBOLoss, step: TrainStep) -> dict[str, Tensor]:
     """All tensors that the next step depends on."""
     device = next(model.parameters()).device
     generators = {"cpu": torch.get_rng_state()}
@@ -70,7 +70,9 @@ def training_tensors(model: VAE, loss: ELBOLoss, step: TrainStep) -> dict[str, T
     }
 
 
-def load_training_tensors(tensors: Mapping[str, Tensor], model: VAE, loss: ELBOLoss, step: TrainStep) -> None:
+def load_training_tensors(
+    tensors: Mapping[str, Tensor], model: Model, loss: ELBOLoss, step: TrainStep
+) -> None:
     """Put back what `training_tensors` gave. Raises CheckpointError for tensors of another model."""
     device = next(model.parameters()).device
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..loss import ELBOLoss
-from ..models import VAE
+from ..models import Model
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.library import random_bits
 from ..ops.reference import clamp_logvar
@@ -50,7 +50,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: VAE,
+        model: Model,
         loss: ELBOLoss,
         *,
         optimizer: str = "adam",
@@ -104,7 +104,7 @@ class TrainStep:
 
     @classmethod
     def from_config(
-        cls, model: VAE, loss: ELBOLoss, config: TrainConfig, total_steps: int, amp_dtype: torch.dtype
+        cls, model: Model, loss: ELBOLoss, config: TrainConfig, total_steps: int, amp_dtype: torch.dtype
     ) -> TrainStep:
         """The step that `config` describes, in a training of `total_steps`."""
         lr_changes = config.lr_schedule != "constant" or config.lr_warmup_steps > 0

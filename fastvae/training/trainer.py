@@ -7,18 +7,20 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import DataLoader
 from ..inference.evaluate import Batch, evaluate, inputs, negative_elbo
 from ..loss import ELBOLoss
-from ..models import VAE
-from ..models.files import CONFIG_NAME, write_json
+from ..models import VAE, as_model
+from ..models.files import CONFIG_NAME, WEIGHTS_NAME, save_weights, write_json
+from ..models.model import check_batch, check_parameters
+from ..models.own import describe
 from .checkpoint import CheckpointWriter, checkpoints, load_newest_checkpoint, prefixed, without_prefix
 from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
@@ -67,22 +69,27 @@ class TrainResult:
 class Trainer:
     """Trains `model` on `train`, and keeps the weights that are best on `val`, or the best of their averages.
 
+    model: a VAE, or any nn.Module with encode(x [B, *item]) -> (mu, logvar), [B, *latent] each, and
+        decode(z [B, *latent]) -> x_hat [B, *item]. Its `likelihood` counts where it has one, and the
+        `log_variance` of a "gaussian", as in VAE; else it is "mse".
     train, val: batches x, float32 [B, *item], or (x, y) whose y is not used. `set_epoch(epoch)` of `train`
         is called before each epoch, where there is one.
     loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits, capacity and
         logvar_clamp. Validation uses it too, always with the full beta and capacity and without free bits.
     config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out`
         also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every
-        `checkpoint_steps` and one at the end of each epoch. The other options describe what is given here.
+        `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors. The other options
+        describe what is given here.
     resume: go on with the run that is in `out`, from its newest checkpoint.
 
     Moves the model to the chosen device. Raises ConfigError for a device that is absent, a folder that
-    may not be written or an option that does not go with model or data, ValueError for no training data.
+    may not be written or an option that does not go with model or data, ValueError for no training data,
+    ModelError for a model without encode and decode or with nothing to train.
     """
 
     def __init__(
         self,
-        model: VAE,
+        model: nn.Module,
         train: Batches,
         val: Batches | None = None,
         *,
@@ -112,7 +119,8 @@ class Trainer:
             check_run_folder(self.folder, config.overwrite or resume)
         self.device, self.device_reason = choose_device(config.device)
         self.amp_dtype, self.amp_reason = choose_amp_dtype(self.device, config.amp)
-        self.model = model.to(self.device)
+        self.model = as_model(model).to(self.device)
+        check_parameters(model)
         if loss is None:
             loss = negative_elbo(
                 model,
@@ -125,6 +133,7 @@ class Trainer:
         self.loss = loss.to(self.device)
         self.train = train
         self.val = val
+        self._started: Iterator[Batch] | None = None  # an epoch whose first batch has been looked at
 
     def fit(self) -> TrainResult:
         """Train for `config.epochs` epochs, or until `config.patience` is at its end.
@@ -134,6 +143,7 @@ class Trainer:
         that were done are read and left out, whatever they are).
 
         Raises:
+            ModelError: mu, logvar or x_hat of the first batch have a wrong shape. Nothing is written.
             TrainingError, which names the step: a loss, a gradient or a weight is not finite. A step whose
                 loss or gradient is not has not been applied. Earlier checkpoints stay.
             TrainingStopped: SIGTERM or Ctrl-C came; where there is a folder, after a checkpoint.
@@ -149,17 +159,20 @@ class Trainer:
         progress = Progress()
         if self.resume:
             progress, best_weights = self._restore(step)
+        config_of_model = self._check_first_batch(progress)
         try:
             if self.folder is None:
                 self._run(step, progress, best_weights, None, None)
             else:
-                self._write_beginning(progress)
+                self._write_beginning(progress, config_of_model)
                 with CheckpointWriter(self.folder) as writer, StopSignal() as stop:
                     self._run(step, progress, best_weights, writer, stop)
         except NonFiniteError as error:
             raise self._not_finite(error) from error
         step.weights.release()
         self.model.load_state_dict(best_weights)
+        if self.folder is not None:
+            save_weights(self.folder / WEIGHTS_NAME, best_weights)
         rate = progress.samples / progress.seconds if progress.seconds else 0.0
         history = progress.history
         return TrainResult(history, progress.best, history[-1]["step"], progress.seconds, rate)
@@ -234,8 +247,29 @@ class Trainer:
         step.averages()  # waits for the device
         progress.epoch_seconds = earlier + time.perf_counter() - began
 
+    def _check_first_batch(self, progress: Progress) -> dict[str, Any] | None:
+        """Raise ModelError unless the model takes the next batch; its config, None where there is no batch.
+
+        The batch is not lost, for other loaders than ours may draw at random.
+        """
+        if isinstance(self.model, VAE) and self.model.config is not None:
+            return self.model.config
+        assert self.config.epochs is not None
+        self._started = None
+        if progress.epoch > self.config.epochs:
+            return None
+        batches = self._batches(progress.epoch, progress.batch)
+        first = list(islice(batches, 1))
+        self._started = chain(first, batches)
+        for x in inputs(first, self.device):
+            return describe(self.model, x.shape[1:], check_batch(self.model, x))
+        return None
+
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """The batches of an epoch from the one with index `first` on."""
+        if self._started is not None:
+            started, self._started = self._started, None
+            return started
         if isinstance(self.train, DataLoader):
             self.train.set_epoch(epoch - 1, first)
             return iter(self.train)
@@ -291,13 +325,13 @@ class Trainer:
         load_training_tensors(tensors, self.model, self.loss, step)
         return progress, without_prefix("best", tensors)
 
-    def _write_beginning(self, progress: Progress) -> None:
+    def _write_beginning(self, progress: Progress, config_of_model: dict[str, Any] | None) -> None:
         """What the folder holds before the first step: options, the model's config, the rows so far."""
         assert self.folder is not None
         if not self.resume:
             prepare_run_folder(self.folder)
-            if self.model.config is not None:
-                write_json(self.folder / CONFIG_NAME, self.model.config)
+            if config_of_model is not None:
+                write_json(self.folder / CONFIG_NAME, config_of_model)
         # without where it lies: as --config it begins a run of its own, and the folder can be moved
         options = self.config.replace(out=None, overwrite=False)
         (self.folder / OPTIONS_NAME).write_text(options.to_toml())
