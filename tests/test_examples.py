@@ -79,6 +79,13 @@ def test_checkpointing() -> None:
     assert numbers(line) == [0.0]
 
 
+def test_perceptual() -> None:
+    *epochs, edges = printed("perceptual")
+    assert len(epochs) == 30
+    without, with_term = numbers(edges)
+    assert with_term < 0.8 * without
+
+
 def test_ddp() -> None:
     change, difference = (numbers(line)[0] for line in printed("ddp"))
     assert difference < 1e-5 < 1e-2 < change

@@ -18,6 +18,7 @@ from ..ops import ELBOTerms, sample_and_kl
 from ..ops.library import random_bits
 from ..ops.reference import clamp_logvar
 from .config import DEFAULT_MAX_SKIPPED, TrainConfig
+from .extra import ExtraLoss
 from .numbers import SkippedSteps
 from .optimizer import NativeAdam, make_optimizer
 from .schedules import capacity_factor, kl_factor, lr_factor
@@ -43,6 +44,7 @@ class TrainStep:
     channels_last: lay images and the weights of convolutions out with the channels last.
     lr_factor, kl_factor, capacity_factor: the factors of `lr` and of the loss's beta and capacity in each
         step, counted from 0; None is 1. `loss` itself keeps its beta and capacity.
+    extra_loss: a term to add, see `ExtraLoss`.
     steps: how many were made, which is all the state that the schedules have.
     count: the data trained on since `reset`.
     skipped: what is known of steps that were not applied.
@@ -66,6 +68,7 @@ class TrainStep:
         lr_factor: Callable[[int], float] | None = None,
         kl_factor: Callable[[int], float] | None = None,
         capacity_factor: Callable[[int], float] | None = None,
+        extra_loss: Callable[..., Tensor] | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self.model = model
@@ -94,6 +97,7 @@ class TrainStep:
         self.skipped = SkippedSteps(max_skipped, [*self.weights.names, *names_of_loss])
         self._checks_each_step = isinstance(self.optimizer, NativeAdam)  # which is not waited for
         self._autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
+        self.extra = None if extra_loss is None else ExtraLoss(extra_loss, device)
         self._leaves = [*self.weights.leaves, *learned_by_loss]
         self._tapes = self._new_tapes()
         self._kept: list[Tensor] = []
@@ -104,7 +108,13 @@ class TrainStep:
 
     @classmethod
     def from_config(
-        cls, model: Model, loss: ELBOLoss, config: TrainConfig, total_steps: int, amp_dtype: torch.dtype
+        cls,
+        model: Model,
+        loss: ELBOLoss,
+        config: TrainConfig,
+        total_steps: int,
+        amp_dtype: torch.dtype,
+        extra_loss: Callable[..., Tensor] | None = None,
     ) -> TrainStep:
         """The step that `config` describes, in a training of `total_steps`."""
         lr_changes = config.lr_schedule != "constant" or config.lr_warmup_steps > 0
@@ -127,6 +137,7 @@ class TrainStep:
             lr_factor=lr if lr_changes else None,
             kl_factor=kl if config.kl_warmup != "none" else None,
             capacity_factor=capacity if loss.capacity is not None else None,
+            extra_loss=extra_loss,
         )
 
     def __call__(self, x: Tensor) -> None:
@@ -153,7 +164,7 @@ class TrainStep:
         """The loss and its terms; their gradients arrive at the leaves."""
         if self._tapes is None:
             with self.weights.lent():
-                terms = self.loss.terms(**self._loss_arguments(x))
+                terms = self._terms(x)
                 self.optimizer.backward(terms.loss)
             return terms
         kind = x.shape, x.stride(), x.dtype
@@ -179,40 +190,52 @@ class TrainStep:
         with self.weights.lent():
             for part in x.chunk(self.accumulate):
                 share = 1.0 if self.loss.spec.recon_reduction == "sum" else len(part) / len(x)
-                terms = self.loss.terms(**self._loss_arguments(part, seed, first))
+                terms = self._terms(part, seed, first)
                 self.optimizer.backward(terms.loss * share)
                 summed += torch.stack(terms).detach() * share
                 first += len(part)
         return ELBOTerms(*summed)
 
-    def _loss_arguments(self, x: Tensor, seed: Tensor | None = None, first_row: int = 0) -> dict[str, Tensor]:
-        """What the loss of x is computed from; of a part of a batch that begins at `first_row`, with the
-        seed of its noise."""
-        spec = self.loss.spec
+    def _terms(self, x: Tensor, seed: Tensor | None = None, first_row: int = 0) -> ELBOTerms:
+        """The loss of x with the extra loss, and its terms."""
+        arguments, extra = self._loss_arguments(x, seed, first_row)
+        terms = self.loss.terms(**arguments)
+        return terms if extra is None else terms._replace(loss=terms.loss + extra)
+
+    def _loss_arguments(
+        self, x: Tensor, seed: Tensor | None = None, first_row: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What the loss of x is computed from, and the extra loss.
+
+        Of a part of a batch that begins at `first_row`, with the seed of the batch's noise.
+        """
         with self._autocast:
             mu, logvar = self._run(self.model.encode, x)
-            logvar = clamp_logvar(logvar, spec)
+            logvar = clamp_logvar(logvar, self.loss.spec)
             z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=first_row)
             x_hat = self._run(self.model.decode, z)
+            extra = None if self.extra is None else self.extra(x_hat, x, z=z, mu=mu, logvar=logvar)
         if self.channels_last:
             x_hat, x = _in_one_order(x_hat, x, self.loss)
-        if spec.free_bits is None:
-            return {"x_hat": x_hat, "x": x, "kl": kl}
-        return {"x_hat": x_hat, "x": x, "mu": mu, "logvar": logvar}  # free bits need the KL of each latent
+        if self.loss.spec.free_bits is None:
+            return {"x_hat": x_hat, "x": x, "kl": kl}, extra
+        # free bits need the KL of each latent
+        return {"x_hat": x_hat, "x": x, "mu": mu, "logvar": logvar}, extra
 
     def _run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Encoder or decoder."""
         return checkpoint(part, x, use_reentrant=False) if self.checkpoint_activations else part(x)
 
     def _terms_and_gradients(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        terms, roots = self.loss.terms_and_gradients(**self._loss_arguments(x))
+        arguments, _ = self._loss_arguments(x)  # recorded without an extra loss only
+        terms, roots = self.loss.terms_and_gradients(**arguments)
         tensors, gradients = zip(*roots, strict=True)
         return (*terms, *torch.autograd.grad(tensors, self._leaves, gradients, allow_unused=True))
 
     def _new_tapes(self) -> dict[Any, Tape] | None:
         """A tape for each shape of x; None where steps run as they are written."""
         native = isinstance(self.optimizer, NativeAdam)
-        as_written = self.accumulate > 1 or self.checkpoint_activations
+        as_written = self.accumulate > 1 or self.checkpoint_activations or self.extra is not None
         return {} if native and not as_written and is_recordable(self.model, self.loss) else None
 
     @contextmanager
@@ -238,12 +261,18 @@ class TrainStep:
         data = max(data, 1)
         return loss / data, recon / data, kl / data
 
+    def extra_average(self) -> dict[str, float]:
+        """That of the extra loss since `reset`, by its name in the metrics; nothing where there is none."""
+        return {} if self.extra is None else {"train_extra": self.extra.average()}
+
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step and the averages depend on, beside weights, options and generators."""
         self._add_up()
         self._check()
         state = {"sums": self._sums, "count": torch.tensor(self.count), "steps": torch.tensor(self.steps)}
         state |= {f"skipped.{name}": t for name, t in self.skipped.tensors().items()}
+        if self.extra is not None:
+            state |= {f"extra.{name}": t for name, t in self.extra.tensors().items()}
         return state | {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -256,6 +285,8 @@ class TrainStep:
         self.skipped.load_tensors(part("skipped."))
         self.weights.refresh_copies()
         self.reset()
+        if self.extra is not None:
+            self.extra.load_tensors(part("extra."))
         self._sums.copy_(tensors["sums"])
         self.count = int(tensors["count"])
         self.steps = int(tensors["steps"])
@@ -266,6 +297,8 @@ class TrainStep:
         self._kept, self._sizes = [], []
         self._sums.zero_()
         self.count = 0
+        if self.extra is not None:
+            self.extra.reset()
 
     def _add_up(self) -> None:
         """Add the terms that were kept to the sums."""

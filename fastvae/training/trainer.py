@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -52,9 +52,17 @@ class TrainingError(RuntimeError):
 class TrainResult:
     """What a training came to.
 
-    history: the rows of metrics.jsonl: epoch, step, train_loss, train_recon, train_kl, val_loss, val_recon,
-        val_kl (nats a datum; None without validation data), skipped_steps (since the beginning, those that
-        were not applied since their loss or gradients were not finite), samples_per_second, seconds.
+    loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits, capacity and
+        logvar_clamp. Validation uses it too, always with the full beta and capacity and without free bits.
+    extra_loss: a term to add in training, not in validation, such as a perceptual or an adversarial one. It
+        is called with x_hat and x of a batch, [B, *item], and by name with those of z, mu and logvar,
+        [B, *latent], that its signature has, under autocast with `amp`, and gives a scalar; `train_extra` in
+        the metrics is its average. A module is moved to the device. Its parameters are not trained here; its
+        buffers and those parameters that require gradients are kept in the checkpoints.
+    config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out`
+        also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every
+        `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors. The other
+        options describe what is given here.
     best: the row whose weights the model has now: the least val_loss, or the last without validation data.
     seconds, samples_per_second: of the epochs' steps, and the checkpoints between them; without validation.
     """
@@ -76,10 +84,15 @@ class Trainer:
         is called before each epoch, where there is one.
     loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits, capacity and
         logvar_clamp. Validation uses it too, always with the full beta and capacity and without free bits.
+    extra_loss: a term to add in training, not in validation, such as a perceptual or an adversarial one. It
+        is called with x_hat and x of a batch, [B, *item], and by name with those of z, mu and logvar,
+        [B, *latent], that its signature has, under autocast with `amp`, and gives a scalar; `train_extra` in
+        the metrics is its average. A module is moved to the device. Its parameters are not trained here; its
+        buffers and those parameters that require gradients are kept in the checkpoints.
     config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out`
         also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every
-        `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors. The other options
-        describe what is given here.
+        `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors. The other
+        options describe what is given here.
     resume: go on with the run that is in `out`, from its newest checkpoint.
 
     Moves the model to the chosen device. Raises ConfigError for a device that is absent, a folder that
@@ -94,6 +107,7 @@ class Trainer:
         val: Batches | None = None,
         *,
         loss: ELBOLoss | None = None,
+        extra_loss: Callable[..., Tensor] | None = None,
         config: TrainConfig | None = None,
         resume: bool = False,
     ) -> None:
@@ -131,6 +145,7 @@ class Trainer:
                 capacity=config.capacity,
             )
         self.loss = loss.to(self.device)
+        self.extra_loss = extra_loss
         self.train = train
         self.val = val
         self._started: Iterator[Batch] | None = None  # an epoch whose first batch has been looked at
@@ -154,7 +169,9 @@ class Trainer:
         assert config.epochs is not None  # resolved above
         torch.manual_seed(config.seed)
         total_steps = config.epochs * len(self.train)
-        step = TrainStep.from_config(self.model, self.loss, config, total_steps, self.amp_dtype)
+        step = TrainStep.from_config(
+            self.model, self.loss, config, total_steps, self.amp_dtype, self.extra_loss
+        )
         best_weights: dict[str, Tensor] = {}
         progress = Progress()
         if self.resume:
@@ -208,6 +225,7 @@ class Trainer:
                         "epoch": progress.epoch,
                         "step": progress.epoch * len(self.train),
                         **dict(zip(("train_loss", "train_recon", "train_kl"), terms, strict=True)),
+                        **step.extra_average(),
                         **self._validate(progress.epoch),
                         "skipped_steps": step.skipped.total,
                         "samples_per_second": progress.epoch_samples / progress.epoch_seconds,
