@@ -108,7 +108,7 @@ def test_what_is_not_a_scalar(extra, got, data):
 
 
 def test_a_term_that_is_not_finite_stops_the_training(data):
-    with pytest.raises(TrainingError, match="the loss is -?inf"):
+    with pytest.raises(TrainingError, match=r"the loss is -?inf"):
         _fit(data, lambda x_hat, x: x_hat.sum() * float("inf"))
 
 

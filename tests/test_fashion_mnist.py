@@ -62,7 +62,9 @@ class EagerTwin(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_as_good_as_the_eager_twin(fashion: Dataset, tmp_path: Path) -> None:
+def test_as_good_as_the_eager_twin(
+    fashion: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fashion.test is not None
     train, test = pixels(fashion.train.x), pixels(fashion.test.x)
     ours, twins = [], []
@@ -79,6 +81,7 @@ def test_as_good_as_the_eager_twin(fashion: Dataset, tmp_path: Path) -> None:
             str(out),
         ]
         assert main(["train", "--amp", "--data", "fashion-mnist", *options]) == 0
+        assert "collapse" not in capsys.readouterr().out
         ours.append(json.loads((out / "summary.json").read_text())["test_loss"])
         torch.manual_seed(seed)
         rows, _ = split(len(train), 0.1, seed)

@@ -14,6 +14,7 @@ from ..models.model import as_model, likelihood_of, log_variance_of
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.reference import clamp_logvar
 from ..ops.types import FreeBitsForm
+from .latents import LatentStatistics
 
 Batch = Tensor | Sequence[Tensor]
 
@@ -51,7 +52,12 @@ def inputs(batches: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, loss: ELBOLoss | None = None, seed: int = 0
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    loss: ELBOLoss | None = None,
+    seed: int = 0,
+    latents: LatentStatistics | None = None,
 ) -> ELBOTerms:
     """The loss and its terms over all data, in nats a datum: eval mode, float32, one z a datum.
 
@@ -61,6 +67,7 @@ def evaluate(
     loss: its averages over batches are weighted by their sizes; None is the negative ELBO at beta = 1. Its
         clamp of logvar holds for z too. Its free bits are left out, for they are a means of training: the
         loss here is recon + beta * kl; with a capacity recon + beta * |kl - capacity|, of the KL of all data.
+    latents: takes in the posteriors of all data.
 
     Returns float64 scalars. The model is left in the mode it was in. Raises ValueError for no data,
     ModelError for a model without encode and decode.
@@ -78,6 +85,8 @@ def evaluate(
             for x in inputs(batches, device):
                 mu, logvar = model.encode(x)
                 logvar = clamp_logvar(logvar, loss.spec)
+                if latents is not None:
+                    latents.update(mu, logvar)
                 z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=count)
                 sums += torch.stack(plain.terms(model.decode(z), x, kl=kl)).double() * len(x)
                 count += len(x)

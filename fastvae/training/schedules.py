@@ -38,7 +38,7 @@ def kl_factor(step: int, total: int, schedule: KLWarmup = "none", warmup: int | 
     """
     if schedule == "none":
         return 1.0
-    warmup = max(math.ceil(total / 10), 2) if warmup is None else warmup
+    warmup = _warmup_steps(total, warmup)
     if schedule == "cyclical":
         return min(2 * (step % warmup) / warmup, 1.0)
     done = min(step / warmup, 1.0)
@@ -51,3 +51,20 @@ def capacity_factor(step: int, total: int, steps: int | None = None) -> float:
     Burgess et al. 2018, "Understanding disentangling in beta-VAE".
     """
     return min(step / (max(total / 2, 1) if steps is None else steps), 1.0)
+
+
+def first_full_kl(total: int, schedule: KLWarmup = "none", warmup: int | None = None) -> int:
+    """The first step whose `kl_factor` is 1."""
+    if schedule == "none":
+        return 0
+    warmup = _warmup_steps(total, warmup)
+    return math.ceil(warmup / 2) if schedule == "cyclical" else warmup
+
+
+def first_full_capacity(total: int, steps: int | None = None) -> int:
+    """The first step whose `capacity_factor` is 1."""
+    return max(math.ceil(total / 2), 1) if steps is None else steps
+
+
+def _warmup_steps(total: int, warmup: int | None) -> int:
+    return max(math.ceil(total / 10), 2) if warmup is None else warmup

@@ -63,6 +63,10 @@ class Telemetry:
             flush=True,
         )
 
+    def warn(self, warning: str) -> None:
+        """Show a line that is not of one step; rich shows it above a live bar."""
+        print(f"warning: {warning}", flush=True)
+
 
 def _terms(loss: float, recon: float, kl: float) -> str:
     return f"loss {loss:.4g}  recon {recon:.4g}  KL {kl:.4g}"

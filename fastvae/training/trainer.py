@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from ..data import DataLoader
 from ..inference.evaluate import Batch, evaluate, inputs, negative_elbo
+from ..inference.latents import LatentStatistics
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
 from ..models.files import CONFIG_NAME, WEIGHTS_NAME, save_weights, write_json
 from ..models.model import check_batch, check_parameters
 from ..models.own import describe
 from .checkpoint import CheckpointWriter, checkpoints, load_newest_checkpoint, prefixed, without_prefix
+from .collapse import CollapseWatch
 from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
 from .numbers import NonFiniteError
@@ -52,17 +54,11 @@ class TrainingError(RuntimeError):
 class TrainResult:
     """What a training came to.
 
-    loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits, capacity and
-        logvar_clamp. Validation uses it too, always with the full beta and capacity and without free bits.
-    extra_loss: a term to add in training, not in validation, such as a perceptual or an adversarial one. It
-        is called with x_hat and x of a batch, [B, *item], and by name with those of z, mu and logvar,
-        [B, *latent], that its signature has, under autocast with `amp`, and gives a scalar; `train_extra` in
-        the metrics is its average. A module is moved to the device. Its parameters are not trained here; its
-        buffers and those parameters that require gradients are kept in the checkpoints.
-    config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out`
-        also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every
-        `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors. The other
-        options describe what is given here.
+    history: the rows of metrics.jsonl: epoch, step, train_loss, train_recon, train_kl, train_extra (only with
+        an extra loss, which is a part of train_loss), val_loss, val_recon, val_kl (nats a datum; None without
+        validation data), skipped_steps (since the beginning, those that were not applied since their loss or
+        gradients were not finite), samples_per_second, seconds; with validation data also kl_by_latent (nats)
+        and active_units (see `LatentStatistics`).
     best: the row whose weights the model has now: the least val_loss, or the last without validation data.
     seconds, samples_per_second: of the epochs' steps, and the checkpoints between them; without validation.
     """
@@ -206,6 +202,9 @@ class Trainer:
         epochs = self.config.epochs
         assert epochs is not None  # resolved above
         began = time.perf_counter() - progress.wall_seconds
+        watch = CollapseWatch(self.config, epochs * len(self.train), self.loss.spec.likelihood)
+        for row in progress.history:
+            watch.update(row)
         with Telemetry(epochs, len(self.train)) as telemetry:
             while progress.epoch <= epochs and not progress.out_of_patience(self.config.patience):
                 for _ in self._train_epoch(step, progress, telemetry):
@@ -236,6 +235,9 @@ class Trainer:
                     progress.wall_seconds = time.perf_counter() - began
                     self._save(writer, step, progress, best_weights)
                 telemetry.epoch(row)
+                warning = watch.update(row)
+                if warning is not None:
+                    telemetry.warn(warning)
         if progress.epoch <= epochs:
             without = f"{self.config.patience} epochs without a better validation loss"
             print(
@@ -356,18 +358,23 @@ class Trainer:
         rows = "".join(json.dumps(row) + "\n" for row in progress.history)
         (self.folder / METRICS_NAME).write_text(rows)
 
-    def _validate(self, epoch: int) -> dict[str, float | None]:
+    def _validate(self, epoch: int) -> dict[str, Any]:
         names = ("val_loss", "val_recon", "val_kl")
         if self.val is None:
             return dict.fromkeys(names)
-        terms = evaluate(self.model, self.val, loss=self.loss, seed=self.config.seed)
+        latents = LatentStatistics()
+        terms = evaluate(self.model, self.val, loss=self.loss, seed=self.config.seed, latents=latents)
         loss, recon, kl = (float(term) for term in terms)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the validation loss is not finite after epoch {epoch}: loss {loss}, recon {recon}, "
                 f"KL {kl}; try a lower --lr than {self.config.lr:g}"
             )
-        return dict(zip(names, (loss, recon, kl), strict=True))
+        return {
+            **dict(zip(names, (loss, recon, kl), strict=True)),
+            "kl_by_latent": latents.kl.tolist(),
+            "active_units": latents.active_units,
+        }
 
     def _not_finite(self, error: NonFiniteError) -> TrainingError:
         """What to tell of a step that could not be applied."""
