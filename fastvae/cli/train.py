@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         "skipped_steps": result.history[-1]["skipped_steps"],
         "seconds": result.seconds,
         "samples_per_second": result.samples_per_second,
+        **result.usage,
         "kl_by_latent": result.best.get("kl_by_latent"),
         "active_units": result.best.get("active_units"),
         "device": trainer.device.type,

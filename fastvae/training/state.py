@@ -20,6 +20,7 @@ class Progress:
     """Where a training stands: in epoch `epoch`, from 1, after `batch` of its batches.
 
     epoch_samples, epoch_seconds: of this epoch; samples, seconds: of the steps of all epochs before it.
+    epoch_wait_seconds, wait_seconds: those of them in which the loader was waited for.
     wall_seconds: since the training began, without the time between a stop and a resumption.
     history, best: rows of metrics.jsonl, of all finished epochs and of the best one.
     """
@@ -28,8 +29,10 @@ class Progress:
     batch: int = 0
     epoch_samples: int = 0
     epoch_seconds: float = 0.0
+    epoch_wait_seconds: float = 0.0
     samples: int = 0
     seconds: float = 0.0
+    wait_seconds: float = 0.0
     wall_seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from .signals import StopSignal, TrainingStopped
 from .state import Progress, load_training_tensors, training_tensors
 from .step import TrainStep
 from .telemetry import Telemetry
+from .usage import Figures, GPUMeter, WaitClock, overall
 
 DEFAULT_EPOCHS = 10
 DEFAULT_STEPS_AT_LEAST = 1000
@@ -57,10 +58,12 @@ class TrainResult:
     history: the rows of metrics.jsonl: epoch, step, train_loss, train_recon, train_kl, train_extra (only with
         an extra loss, which is a part of train_loss), val_loss, val_recon, val_kl (nats a datum; None without
         validation data), skipped_steps (since the beginning, those that were not applied since their loss or
-        gradients were not finite), samples_per_second, seconds; with validation data also kl_by_latent (nats)
-        and active_units (see `LatentStatistics`).
+        gradients were not finite), samples_per_second, data_wait_share (the part of the steps' time that the
+        iteration over `train` took), gpu_memory_bytes, gpu_utilization, gpu_power_watts (see `GPUMeter`),
+        seconds; with validation data also kl_by_latent (nats) and active_units (see `LatentStatistics`).
     best: the row whose weights the model has now: the least val_loss, or the last without validation data.
     seconds, samples_per_second: of the epochs' steps, and the checkpoints between them; without validation.
+    usage: data_wait_share and the gpu_ figures of the whole training.
     """
 
     history: list[dict[str, Any]]
@@ -68,6 +71,7 @@ class TrainResult:
     steps: int
     seconds: float
     samples_per_second: float
+    usage: dict[str, float | None]
 
 
 class Trainer:
@@ -188,7 +192,8 @@ class Trainer:
             save_weights(self.folder / WEIGHTS_NAME, best_weights)
         rate = progress.samples / progress.seconds if progress.seconds else 0.0
         history = progress.history
-        return TrainResult(history, progress.best, history[-1]["step"], progress.seconds, rate)
+        usage = overall(history, progress.wait_seconds, progress.seconds)
+        return TrainResult(history, progress.best, history[-1]["step"], progress.seconds, rate, usage)
 
     def _run(
         self,
@@ -202,12 +207,13 @@ class Trainer:
         epochs = self.config.epochs
         assert epochs is not None  # resolved above
         began = time.perf_counter() - progress.wall_seconds
+        gpu = GPUMeter(self.device)
         watch = CollapseWatch(self.config, epochs * len(self.train), self.loss.spec.likelihood)
         for row in progress.history:
             watch.update(row)
         with Telemetry(epochs, len(self.train)) as telemetry:
             while progress.epoch <= epochs and not progress.out_of_patience(self.config.patience):
-                for _ in self._train_epoch(step, progress, telemetry):
+                for _ in self._train_epoch(step, progress, telemetry, gpu):
                     total = progress.step(len(self.train))
                     stopped = None if stop is None else stop.signal
                     every = self.config.checkpoint_steps
@@ -218,16 +224,13 @@ class Trainer:
                     if stopped is not None:
                         writer.wait()
                         raise TrainingStopped(stopped, total, path)
-                terms = step.averages()
+                metrics = self._metrics(step, progress, gpu.average())
                 with step.averaged_weights():
                     row = {
                         "epoch": progress.epoch,
                         "step": progress.epoch * len(self.train),
-                        **dict(zip(("train_loss", "train_recon", "train_kl"), terms, strict=True)),
-                        **step.extra_average(),
+                        **metrics,
                         **self._validate(progress.epoch),
-                        "skipped_steps": step.skipped.total,
-                        "samples_per_second": progress.epoch_samples / progress.epoch_seconds,
                         "seconds": time.perf_counter() - began,
                     }
                     self._end_epoch(progress, row, best_weights, writer)
@@ -244,25 +247,28 @@ class Trainer:
                 f"stopped after epoch {progress.epoch - 1}: {without} than in epoch {progress.best['epoch']}"
             )
 
-    def _train_epoch(self, step: TrainStep, progress: Progress, telemetry: Telemetry) -> Iterator[None]:
+    def _train_epoch(
+        self, step: TrainStep, progress: Progress, telemetry: Telemetry, gpu: GPUMeter
+    ) -> Iterator[None]:
         """The rest of an epoch; yields after each step, when `progress` is up to date."""
         first = progress.batch
         self.model.train()
         if first == 0:
             step.reset()
-        earlier = progress.epoch_seconds
+        earlier, waited_earlier = progress.epoch_seconds, progress.epoch_wait_seconds
         began = time.perf_counter()
         next_report = began + REPORT_SECONDS
-        batches = inputs(self._batches(progress.epoch, first), self.device)
-        for done, x in enumerate(batches, first + 1):
+        batches = WaitClock(self._batches(progress.epoch, first))
+        for done, x in enumerate(inputs(batches, self.device), first + 1):
             step(x)
             progress.batch = done
             progress.epoch_samples = step.count
             progress.epoch_seconds = earlier + time.perf_counter() - began
+            progress.epoch_wait_seconds = waited_earlier + batches.seconds
             yield
             if time.perf_counter() >= next_report:
-                rate = progress.epoch_samples / progress.epoch_seconds
-                telemetry.step(progress.epoch, progress.batch, step.averages(), rate)
+                metrics = self._metrics(step, progress, gpu.read())
+                telemetry.step(progress.epoch, progress.batch, metrics)
                 next_report = time.perf_counter() + REPORT_SECONDS
         step.averages()  # waits for the device
         progress.epoch_seconds = earlier + time.perf_counter() - began
@@ -284,6 +290,17 @@ class Trainer:
         for x in inputs(first, self.device):
             return describe(self.model, x.shape[1:], check_batch(self.model, x))
         return None
+
+    def _metrics(self, step: TrainStep, progress: Progress, gpu: Figures) -> Figures:
+        """What is reported of an epoch so far."""
+        return {
+            **dict(zip(("train_loss", "train_recon", "train_kl"), step.averages(), strict=True)),
+            **step.extra_average(),
+            "skipped_steps": step.skipped.total,
+            "samples_per_second": progress.epoch_samples / progress.epoch_seconds,
+            "data_wait_share": progress.epoch_wait_seconds / progress.epoch_seconds,
+            **gpu,
+        }
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """The batches of an epoch from the one with index `first` on."""
@@ -319,9 +336,10 @@ class Trainer:
                 file.write(json.dumps(row) + "\n")
         progress.samples += progress.epoch_samples
         progress.seconds += progress.epoch_seconds
+        progress.wait_seconds += progress.epoch_wait_seconds
         progress.epoch += 1
         progress.batch = progress.epoch_samples = 0
-        progress.epoch_seconds = 0.0
+        progress.epoch_seconds = progress.epoch_wait_seconds = 0.0
 
     def _save(
         self, writer: CheckpointWriter, step: TrainStep, progress: Progress, best_weights: dict[str, Tensor]
