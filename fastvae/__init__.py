@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from .loss import ELBOLoss
     from .models import VAE, load
     from .ops import ELBOTerms, elbo, fused_elbo, reparameterize, sample_and_kl
+    from .training.callbacks import Callback
     from .training.trainer import Trainer
 
 __version__ = version("fastvae")
 
 __all__ = [
     "VAE",
+    "Callback",
     "DataLoader",
     "DiagonalGaussian",
     "ELBOLoss",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     "VAE": ".models",
+    "Callback": ".training.callbacks",
     "DataLoader": ".data",
     "DiagonalGaussian": ".distributions",
     "ELBOLoss": ".loss",

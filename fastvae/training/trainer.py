@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..models import VAE, as_model
 from ..models.files import CONFIG_NAME, WEIGHTS_NAME, save_weights, write_json
 from ..models.model import check_batch, check_parameters
 from ..models.own import describe
+from .callbacks import Callback, Callbacks
 from .checkpoint import CheckpointWriter, checkpoints, load_newest_checkpoint, prefixed, without_prefix
 from .collapse import CollapseWatch
 from .config import ConfigError, TrainConfig
@@ -94,6 +95,7 @@ class Trainer:
         `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors. The other
         options describe what is given here.
     resume: go on with the run that is in `out`, from its newest checkpoint.
+    callbacks: what else is told of the training, see `fastvae.Callback`.
 
     Moves the model to the chosen device. Raises ConfigError for a device that is absent, a folder that
     may not be written or an option that does not go with model or data, ValueError for no training data,
@@ -110,6 +112,7 @@ class Trainer:
         extra_loss: Callable[..., Tensor] | None = None,
         config: TrainConfig | None = None,
         resume: bool = False,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         config = TrainConfig() if config is None else config
         if len(train) == 0:
@@ -149,6 +152,7 @@ class Trainer:
         self.train = train
         self.val = val
         self._started: Iterator[Batch] | None = None  # an epoch whose first batch has been looked at
+        self._callbacks = Callbacks(callbacks)
 
     def fit(self) -> TrainResult:
         """Train for `config.epochs` epochs, or until `config.patience` is at its end.
@@ -165,6 +169,14 @@ class Trainer:
             CheckpointError: there is no checkpoint to resume from, or it is of another training.
             OSError: writing failed, as where the disk is full. Earlier checkpoints stay.
         """
+        result = None
+        try:
+            result = self._fit()
+        finally:
+            self._callbacks.on_end(result)
+        return result
+
+    def _fit(self) -> TrainResult:
         config = self.config
         assert config.epochs is not None  # resolved above
         torch.manual_seed(config.seed)
@@ -206,6 +218,7 @@ class Trainer:
         """Train from where `progress` stands to the end; `best_weights` is filled."""
         epochs = self.config.epochs
         assert epochs is not None  # resolved above
+        self._callbacks.on_start(self, progress.step(len(self.train)))
         began = time.perf_counter() - progress.wall_seconds
         gpu = GPUMeter(self.device)
         watch = CollapseWatch(self.config, epochs * len(self.train), self.loss.spec.likelihood)
@@ -238,6 +251,7 @@ class Trainer:
                     progress.wall_seconds = time.perf_counter() - began
                     self._save(writer, step, progress, best_weights)
                 telemetry.epoch(row)
+                self._callbacks.on_epoch(row)
                 warning = watch.update(row)
                 if warning is not None:
                     telemetry.warn(warning)
@@ -269,6 +283,7 @@ class Trainer:
             if time.perf_counter() >= next_report:
                 metrics = self._metrics(step, progress, gpu.read())
                 telemetry.step(progress.epoch, progress.batch, metrics)
+                self._callbacks.on_report(progress.step(len(self.train)), metrics)
                 next_report = time.perf_counter() + REPORT_SECONDS
         step.averages()  # waits for the device
         progress.epoch_seconds = earlier + time.perf_counter() - began
