@@ -23,7 +23,7 @@ from fastvae.cli import main
 from fastvae.data import split
 from fastvae.inference.evaluate import evaluate
 from fastvae.inference.generate import reconstruct, sample
-from fastvae.inference.plots import save_reconstructions, save_samples
+from fastvae.inference.plots import grid, pairs, save
 from fastvae.training.checkpoint import load_checkpoint, without_prefix
 from fastvae.training.config import TrainConfig
 
@@ -109,8 +109,8 @@ def test_the_loaded_model_is_the_one_that_was_validated(finished, validation, tm
     loss = evaluate(model, DataLoader(validation, 128), seed=3).loss
     assert loss.item() == pytest.approx(_summary(run)["val_loss"], rel=1e-4)
     x = validation[:32]
-    save_reconstructions(tmp_path / "reconstructions.png", x, reconstruct(model, x))
-    save_samples(tmp_path / "samples.png", sample(model, 64, seed=3))
+    save(tmp_path / "reconstructions.png", pairs(x, reconstruct(model, x)))
+    save(tmp_path / "samples.png", grid(sample(model, 64, seed=3)))
     for name in ("reconstructions.png", "samples.png"):
         with Image.open(run / name) as theirs, Image.open(tmp_path / name) as ours:
             assert theirs.size == ours.size

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvae.inference.plots import as_tiles, save_reconstructions, save_samples
+from fastvae.inference.plots import as_tiles, grid, pairs, save
 
 
 def _pixels(path):
@@ -43,7 +43,7 @@ def test_each_reconstruction_is_below_its_original(channels, mode, tmp_path, see
     torch.manual_seed(seed)
     x, x_hat = torch.rand(2, 10, channels, 28, 28)
     path = tmp_path / "reconstructions.png"
-    save_reconstructions(path, x, x_hat)
+    save(path, pairs(x, x_hat))
     found_mode, pixels = _pixels(path)
     assert found_mode == mode
     tile, gap, row_gap = 84, 3, 18
@@ -59,13 +59,13 @@ def test_each_reconstruction_is_below_its_original(channels, mode, tmp_path, see
 
 def test_samples_are_a_grid(tmp_path):
     path = tmp_path / "samples.png"
-    save_samples(path, torch.zeros(64, 1, 28, 28))
+    save(path, grid(torch.zeros(64, 1, 28, 28)))
     _, pixels = _pixels(path)
     assert pixels.shape == (8 * 87 + 3, 8 * 87 + 3)
     assert (pixels == 0).sum() == 64 * 84 * 84
 
 
 def test_one_datum(tmp_path):
-    save_reconstructions(tmp_path / "one.png", torch.rand(1, 7), torch.rand(1, 7))
-    save_samples(tmp_path / "sample.png", torch.rand(1, 7))
+    save(tmp_path / "one.png", pairs(torch.rand(1, 7), torch.rand(1, 7)))
+    save(tmp_path / "sample.png", grid(torch.rand(1, 7)))
     assert _pixels(tmp_path / "one.png")[1].shape[0] > _pixels(tmp_path / "sample.png")[1].shape[0]

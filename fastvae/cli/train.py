@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ..ops import ELBOTerms
     from ..training.trainer import TrainResult
 
-RECONSTRUCTED = 32  # data in reconstructions.png
-SAMPLED = 64  # draws in samples.png
 EVALUATED = 256  # data at a time; no result depends on it
 
 
@@ -52,11 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ..ops import resolve_impl
     from ..training.device import choose_device
     from ..training.run_folder import check_run_folder
+    from ..training.tensorboard import check_tensorboard
     from ..training.trainer import Trainer
 
     if config.out is not None:
         check_run_folder(Path(config.out), config.overwrite or resume)
     choose_device(config.device)
+    if config.tensorboard:
+        check_tensorboard()
     own = own_class(config)
 
     data = resolve(config.data, config.download)
@@ -102,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": config.seed,
         "versions": _versions(),
     }
-    _write_run(out, model, latent_shape, val, summary)
+    _write_run(out, model, val, summary)
     _print_end(summary, out)
 
 
@@ -189,19 +190,16 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _write_run(
-    out: Path, model: nn.Module, latent_shape: tuple[int, ...], val: DataLoader, summary: dict[str, Any]
-) -> None:
+def _write_run(out: Path, model: nn.Module, val: DataLoader, summary: dict[str, Any]) -> None:
     """What a finished run leaves beside what the training has written."""
-    from ..inference import evaluate, generate, plots
+    from ..inference import evaluate, plots
     from ..models.files import write_json
-    from ..training import run_folder
+    from ..training import images, run_folder
 
     device = next(model.parameters()).device
-    x = next(evaluate.inputs(val, device))[:RECONSTRUCTED]
-    plots.save_reconstructions(out / run_folder.RECONSTRUCTIONS_NAME, x, generate.reconstruct(model, x))
-    drawn = generate.sample(model, SAMPLED, latent_shape=latent_shape, seed=summary["seed"])
-    plots.save_samples(out / run_folder.SAMPLES_NAME, drawn)
+    drawn = images.draw_images(model, next(evaluate.inputs(val, device)), summary["seed"])
+    plots.save(out / run_folder.RECONSTRUCTIONS_NAME, drawn["reconstructions"])
+    plots.save(out / run_folder.SAMPLES_NAME, drawn["samples"])
     write_json(out / run_folder.SUMMARY_NAME, summary)
 
 

@@ -17,21 +17,27 @@ ROW_GAP = 18  # between rows of pairs, so that the eye pairs within a row
 BACKGROUND = 255
 
 
-def save_samples(path: str | os.PathLike[str], x: Tensor, *, columns: int = 8) -> None:
-    """A grid of x [N, *item], values in [0, 1], row by row."""
+def grid(x: Tensor, *, columns: int = 8) -> Tensor:
+    """A grid of x [N, *item], values in [0, 1], row by row: uint8 [C, H, W]."""
     tiles = as_tiles(x)
     rows = [_row(tiles[i : i + columns], columns) for i in range(0, len(tiles), columns)]
-    _save(path, _stack(rows, [GAP] * len(rows)))
+    return _stack(rows, [GAP] * len(rows))
 
 
-def save_reconstructions(path: str | os.PathLike[str], x: Tensor, x_hat: Tensor, *, columns: int = 8) -> None:
-    """Each datum of x [N, *item] above its reconstruction in x_hat [N, *item], values in [0, 1]."""
+def pairs(x: Tensor, x_hat: Tensor, *, columns: int = 8) -> Tensor:
+    """Each datum of x [N, *item] above its x_hat [N, *item], values in [0, 1]: uint8 [C, H, W]."""
     originals, reconstructions = as_tiles(x), as_tiles(x_hat)
     rows, gaps = [], []
     for i in range(0, len(originals), columns):
         rows += [_row(tiles[i : i + columns], columns) for tiles in (originals, reconstructions)]
         gaps += [GAP, ROW_GAP]
-    _save(path, _stack(rows, gaps))
+    return _stack(rows, gaps)
+
+
+def save(path: str | os.PathLike[str], picture: Tensor) -> None:
+    """Write uint8 [C, H, W], C = 1 (grey) or 3 (RGB), as PNG."""
+    pixels = picture.permute(1, 2, 0).contiguous().numpy()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path)
 
 
 def as_tiles(x: Tensor) -> Tensor:
@@ -77,8 +83,3 @@ def _stack(rows: list[Tensor], gaps: list[int]) -> Tensor:
 
 def _blank(row: Tensor, height: int) -> Tensor:
     return row.new_full((row.shape[0], height, row.shape[2]), BACKGROUND)
-
-
-def _save(path: str | os.PathLike[str], picture: Tensor) -> None:
-    pixels = picture.permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from .trainer import Trainer, TrainResult
 
@@ -35,6 +37,9 @@ class Callback:
     def on_epoch(self, row: Mapping[str, Any]) -> None:
         """After an epoch, its validation and its checkpoint: its row of metrics.jsonl."""
 
+    def on_images(self, step: int, images: Mapping[str, Tensor]) -> None:
+        """Every `image_epochs` epochs, after `on_epoch`: `reconstructions` and `samples`, uint8 [C, H, W]."""
+
     def on_end(self, result: TrainResult | None) -> None:
         """After training, with the best weights in the model; None if a signal or an error ended it."""
 
@@ -58,6 +63,10 @@ class Callbacks(Callback):
     def on_epoch(self, row: Mapping[str, Any]) -> None:
         for callback in self._all:
             callback.on_epoch(row)
+
+    def on_images(self, step: int, images: Mapping[str, Tensor]) -> None:
+        for callback in self._all:
+            callback.on_images(step, images)
 
     def on_end(self, result: TrainResult | None) -> None:
         started, self._started = self._started, []

@@ -190,6 +190,13 @@ class TrainConfig(BaseModel):
         ge=1,
         description="steps from one checkpoint to the next (default: one at the end of each epoch)",
     )
+    image_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="epochs from one set of reconstructions and samples, in images/, to the next "
+        "(default: none)",
+    )
+    tensorboard: bool = Field(False, description="write TensorBoard's event files into the run folder too")
     download: bool = Field(False, description="fetch named data that is not on this machine")
     debug: bool = Field(False, description="show the traceback of an error")
 

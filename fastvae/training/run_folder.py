@@ -15,6 +15,8 @@ OPTIONS_NAME = "train.toml"
 SUMMARY_NAME = "summary.json"
 RECONSTRUCTIONS_NAME = "reconstructions.png"
 SAMPLES_NAME = "samples.png"
+IMAGES_NAME = "images"
+EVENTS_NAME = "events.out.tfevents.*"  # TensorBoard's
 
 OWN_NAMES = (
     CONFIG_NAME,
@@ -25,6 +27,8 @@ OWN_NAMES = (
     SUMMARY_NAME,
     RECONSTRUCTIONS_NAME,
     SAMPLES_NAME,
+    IMAGES_NAME,
+    EVENTS_NAME,
 )
 
 
@@ -48,8 +52,7 @@ def check_run_folder(folder: Path, overwrite: bool) -> None:
 def prepare_run_folder(folder: Path) -> None:
     """Make the folder, and take away what an earlier run has left in it; other files stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in OWN_NAMES:
-        path = folder / name
+    for path in (path for name in OWN_NAMES for path in folder.glob(name)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -27,12 +27,14 @@ from .checkpoint import CheckpointWriter, checkpoints, load_newest_checkpoint, p
 from .collapse import CollapseWatch
 from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
+from .images import Images
 from .numbers import NonFiniteError
 from .run_folder import METRICS_NAME, OPTIONS_NAME, check_run_folder, prepare_run_folder
 from .signals import StopSignal, TrainingStopped
 from .state import Progress, load_training_tensors, training_tensors
 from .step import TrainStep
 from .telemetry import Telemetry
+from .tensorboard import TensorBoard, check_tensorboard
 from .usage import Figures, GPUMeter, WaitClock, overall
 
 DEFAULT_EPOCHS = 10
@@ -92,14 +94,15 @@ class Trainer:
         buffers and those parameters that require gradients are kept in the checkpoints.
     config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out`
         also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every
-        `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors. The other
-        options describe what is given here.
+        `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors; `image_epochs`
+        (reconstructions are of the first validation data) and `tensorboard`. The other options describe what
+        is given here.
     resume: go on with the run that is in `out`, from its newest checkpoint.
     callbacks: what else is told of the training, see `fastvae.Callback`.
 
-    Moves the model to the chosen device. Raises ConfigError for a device that is absent, a folder that
-    may not be written or an option that does not go with model or data, ValueError for no training data,
-    ModelError for a model without encode and decode or with nothing to train.
+    Moves the model to the chosen device. Raises ConfigError for a device or a package that is absent, a
+    folder that may not be written or an option that does not go with model or data, ValueError for no
+    training data, ModelError for a model without encode and decode or with nothing to train.
     """
 
     def __init__(
@@ -134,6 +137,10 @@ class Trainer:
             )
         if self.folder is not None:
             check_run_folder(self.folder, config.overwrite or resume)
+        if config.tensorboard:
+            if self.folder is None:
+                raise ConfigError("tensorboard", "got true without out, expected a run folder")
+            check_tensorboard()
         self.device, self.device_reason = choose_device(config.device)
         self.amp_dtype, self.amp_reason = choose_amp_dtype(self.device, config.amp)
         self.model = as_model(model).to(self.device)
@@ -151,8 +158,10 @@ class Trainer:
         self.extra_loss = extra_loss
         self.train = train
         self.val = val
+        writers = [TensorBoard(self.folder)] if config.tensorboard and self.folder is not None else []
+        self._callbacks = Callbacks([*callbacks, *writers])
+        self._images = Images(config.image_epochs, config.seed, val, self.device, self.folder)
         self._started: Iterator[Batch] | None = None  # an epoch whose first batch has been looked at
-        self._callbacks = Callbacks(callbacks)
 
     def fit(self) -> TrainResult:
         """Train for `config.epochs` epochs, or until `config.patience` is at its end.
@@ -246,12 +255,16 @@ class Trainer:
                         **self._validate(progress.epoch),
                         "seconds": time.perf_counter() - began,
                     }
+                    images = self._images.draw(self.model, progress.epoch)
                     self._end_epoch(progress, row, best_weights, writer)
                 if writer is not None:
                     progress.wall_seconds = time.perf_counter() - began
                     self._save(writer, step, progress, best_weights)
                 telemetry.epoch(row)
                 self._callbacks.on_epoch(row)
+                if images:
+                    self._images.write(row["epoch"], images)
+                    self._callbacks.on_images(row["step"], images)
                 warning = watch.update(row)
                 if warning is not None:
                     telemetry.warn(warning)
