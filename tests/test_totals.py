@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing
 from accuracy import assert_accurate, by_hand
 from ranks import losses_and_gradients, options_of_totals
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastvae
 
@@ -225,6 +225,20 @@ def test_gradients_of_beta_and_capacity_and_double_backward(impl: str, side: str
     leaves = [t.requires_grad_() for t in (*tensors[2:], *numbers)]
     assert torch.autograd.gradcheck(ours, leaves)
     assert torch.autograd.gradgradcheck(ours, leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", [{"capacity": 2.0}, {"capacity": 40.0}, {"free_bits": 0.4}])
+def test_gradients_of_beta_made_with_the_loss(impl: str, options: dict) -> None:
+    x_hat, x, *latents = inputs()
+    loss = fastvae.ELBOLoss(beta=nn.Parameter(torch.tensor(1.3)), impl=impl, **options)
+    wrt = [loss.beta, *(t.requires_grad_() for t in latents)]
+    terms, roots = loss.terms_and_gradients(x_hat, x, *latents)
+    torch.testing.assert_close(terms.loss, loss(x_hat, x, *latents))
+    tensors, gradients = zip(*roots, strict=True)
+    expected = torch.autograd.grad(loss(x_hat, x, *latents), wrt)
+    for a, b in zip(torch.autograd.grad(tensors, wrt, gradients), expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_all_compile_whole() -> None:

@@ -524,6 +524,16 @@ def test_validation_has_the_full_beta_and_no_free_bits(data):
     assert result.best["val_loss"] == pytest.approx(plain.loss.item(), rel=1e-6)
 
 
+def test_the_capacity_of_a_given_loss_is_as_it_is(data):
+    loss = ELBOLoss(capacity=2.5)
+    for config, expected in ((TrainConfig(), 2.5), (TrainConfig(capacity=1.0, capacity_steps=5), 0.5)):
+        step = TrainStep.from_config(VAE.mlp((16,), (8,), 2), loss, config, 100, torch.float32)
+        for _ in range(2):
+            step(torch.from_numpy(data[:50]))
+        assert float(step.loss.capacity) == expected
+    assert loss.capacity == 2.5
+
+
 def test_capacity_holds_the_kl_where_it_is(data):
     """And validation, with the full capacity and the KL of all data, says so."""
     trainer, result = _fit(data, epochs=30, lr=3e-3, beta=50.0, capacity=2.5, capacity_steps=100)

@@ -130,6 +130,8 @@ def elbo_with_gradients(
     """`elbo_from_spec` of a scalar loss, and where its backward begins: tensors, each with its gradient."""
     call = _prepare_loss(inputs, log_variance, log_scale, capacity, spec, process_group, impl)
     result, roots = run_with_gradients(*call[:3], impl)
+    if call.added is not None and call.added.requires_grad:  # of a beta or a capacity that is learned
+        roots = [*roots, (call.added, torch.ones_like(call.added))]
     return _terms(result, call.added), roots
 
 

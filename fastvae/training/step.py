@@ -136,7 +136,7 @@ class TrainStep:
             channels_last=config.channels_last,
             lr_factor=lr if lr_changes else None,
             kl_factor=kl if config.kl_warmup != "none" else None,
-            capacity_factor=capacity if loss.capacity is not None else None,
+            capacity_factor=None if loss.capacity is None or config.capacity is None else capacity,
             extra_loss=extra_loss,
         )
 
