@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TERMS = ("loss", "reconstruction term", "KL term")
+_TERMS = ("reconstruction term", "KL term")
 
 
 class Finding(NamedTuple):
@@ -36,13 +36,14 @@ class NonFiniteError(ArithmeticError):
 class SkippedSteps:
     """Counts the steps that were not applied, and ends the training after more than `most` in a row.
 
-    names: of the parameters, as findings count them.
+    names: of the parameters, as findings count them. loss: what to call it.
     total: all of them so far. in_a_row: the last ones, without those that only overflowed.
     """
 
-    def __init__(self, most: int, names: Sequence[str]) -> None:
+    def __init__(self, most: int, names: Sequence[str], loss: str = "loss") -> None:
         self.most = most
         self.names = names
+        self.loss = loss
         self.total = 0
         self.in_a_row = 0
 
@@ -78,7 +79,7 @@ class SkippedSteps:
             return f"the gradient of {self.names[finding.parameter]} is not finite"
         found = [
             f"the {name} is {value}"
-            for name, value in zip(_TERMS, finding.terms, strict=True)
+            for name, value in zip((self.loss, *_TERMS), finding.terms, strict=True)
             if not math.isfinite(value)
         ]
         return " and ".join(found[1:] or found)

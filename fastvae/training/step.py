@@ -94,7 +94,8 @@ class TrainStep:
         self.optimizer = make_optimizer(
             self.weights, learned_by_loss, optimizer, lr, weight_decay, clip_norm, ema_decay
         )
-        self.skipped = SkippedSteps(max_skipped, [*self.weights.names, *names_of_loss])
+        name = "loss" if extra_loss is None else "loss with its extra term"
+        self.skipped = SkippedSteps(max_skipped, [*self.weights.names, *names_of_loss], name)
         self._checks_each_step = isinstance(self.optimizer, NativeAdam)  # which is not waited for
         self._autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
         self.extra = None if extra_loss is None else ExtraLoss(extra_loss, device)
