@@ -84,7 +84,7 @@ def _fit(model, data, train=None, **options):
 
 
 def _losses(result):
-    return [{k: v for k, v in row.items() if "_" in k and "per" not in k} for row in result.history]
+    return [{k: v for k, v in row.items() if k.startswith(("train_", "val_"))} for row in result.history]
 
 
 @pytest.mark.parametrize("amp", [False, True])
