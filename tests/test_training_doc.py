@@ -53,4 +53,4 @@ def test_it_runs_as_it_stands(tmp_path: Path) -> None:
                 done = run(["bash", "-c", command], tmp_path)
                 assert done.returncode == (2 if "fastvae: error" in told else 0), done.stdout
                 assert_printed(told, done.stdout)
-    assert [kinds.count(kind) for kind in ("sh", "python", "file")] == [10, 5, 2]
+    assert [kinds.count(kind) for kind in ("sh", "python", "file")] == [11, 6, 2]
