@@ -132,14 +132,20 @@ PyLoader make_loader(const py::array& x, const std::optional<py::array>& y, cons
     return {Loader(table, batch_size, drop_last, workers), std::move(item_shape)};
 }
 
-PyBatches start(PyLoader& self, std::uint64_t seed, std::uint64_t epoch, bool shuffle, std::int64_t first_batch) {
+PyBatches start(PyLoader& self, std::uint64_t seed, std::uint64_t epoch, bool shuffle, std::int64_t first_batch,
+                std::int64_t rank, std::int64_t ranks) {
+    if (rank < 0 || rank >= ranks) {
+        throw py::value_error("rank is " + std::to_string(rank) + ", expected 0 <= rank < " +
+                              std::to_string(ranks));
+    }
     if (first_batch < 0 || first_batch > self.loader.n_batches()) {
         throw py::value_error("first_batch is " + std::to_string(first_batch) + ", expected 0 to " +
                               std::to_string(self.loader.n_batches()) + ", the batches of a pass");
     }
     std::vector<py::ssize_t> shape{0};
     shape.insert(shape.end(), self.item_shape.begin(), self.item_shape.end());
-    return {self.loader.start(order_of(self.loader.table().n_samples, seed, epoch, shuffle), first_batch),
+    const Order order = order_of(self.loader.table().n_samples, seed, epoch, shuffle);
+    return {self.loader.start(order, first_batch, Share{rank, ranks}),
             std::move(shape)};
 }
 
@@ -168,7 +174,8 @@ void bind_loader(py::module_& m) {
              py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
         .def("__len__", [](const PyLoader& self) { return self.loader.n_batches(); })
         .def("start", &start, py::arg("seed"), py::arg("epoch"), py::arg("shuffle"), py::arg("first_batch"),
-             py::keep_alive<0, 1>(), "Starts the workers on the batches of an epoch, from `first_batch` on.");
+             py::arg("rank"), py::arg("ranks"), py::keep_alive<0, 1>(),
+             "Starts the workers on a rank's rows of the batches of an epoch, from `first_batch` on.");
 }
 
 }  // namespace fastvae

@@ -107,11 +107,12 @@ struct Batches::State {
     };
 
     State(const Table& table_, const Order& order_, std::int64_t batch_size_, std::int64_t first_batch,
-          std::int64_t n_batches_, int workers, std::shared_ptr<BufferPool> pool_)
+          std::int64_t n_batches_, const Share& share_, int workers, std::shared_ptr<BufferPool> pool_)
         : table(table_),
           order(order_),
           batch_size(batch_size_),
           n_batches(n_batches_),
+          share(share_),
           pool(std::move(pool_)),
           kernel(kernel_for(table_)),
           slots(static_cast<std::size_t>(2 * workers + 1)),
@@ -122,6 +123,7 @@ struct Batches::State {
     const Order order;
     const std::int64_t batch_size;
     const std::int64_t n_batches;
+    const Share share;
     const std::shared_ptr<BufferPool> pool;
     const RowKernel kernel;
 
@@ -163,8 +165,9 @@ struct Batches::State {
     }
 
     Batch gather(std::int64_t k) const {
-        const std::int64_t first = k * batch_size;
-        const std::int64_t size = std::min(batch_size, order.size() - first);
+        const std::int64_t all = std::min(batch_size, order.size() - k * batch_size);
+        const std::int64_t first = k * batch_size + share.begin(all);
+        const std::int64_t size = share.end(all) - share.begin(all);
         std::vector<std::int64_t> rows(static_cast<std::size_t>(size));
         order.fill(first, size, rows.data());
         if (table.indices) {
@@ -193,9 +196,10 @@ struct Batches::State {
 };
 
 Batches::Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t first_batch,
-                 std::int64_t n_batches, int workers, std::shared_ptr<BufferPool> pool)
+                 std::int64_t n_batches, const Share& share, int workers, std::shared_ptr<BufferPool> pool)
     : process_(getpid()),
-      state_(std::make_shared<State>(table, order, batch_size, first_batch, n_batches, workers, std::move(pool))),
+      state_(std::make_shared<State>(table, order, batch_size, first_batch, n_batches, share, workers,
+                                     std::move(pool))),
       threads_(std::make_unique<std::vector<std::thread>>()) {
     threads_->reserve(static_cast<std::size_t>(workers));
     try {
@@ -264,10 +268,10 @@ std::shared_ptr<BufferPool> Loader::make_pool() const {
     return std::make_shared<BufferPool>(bytes, static_cast<std::size_t>(3 * workers_ + 3));
 }
 
-std::unique_ptr<Batches> Loader::start(const Order& order, std::int64_t first_batch) {
+std::unique_ptr<Batches> Loader::start(const Order& order, std::int64_t first_batch, const Share& share) {
     if (pool_->process() != getpid()) pool_ = make_pool();
     const auto workers = static_cast<int>(std::min<std::int64_t>(workers_, n_batches_ - first_batch));
-    return std::make_unique<Batches>(table_, order, batch_size_, first_batch, n_batches_, workers, pool_);
+    return std::make_unique<Batches>(table_, order, batch_size_, first_batch, n_batches_, share, workers, pool_);
 }
 
 }  // namespace fastvae

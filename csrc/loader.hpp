@@ -63,12 +63,29 @@ struct Batch {
     std::int64_t size;
 };
 
-// One pass over the data, from batch `first_batch` on. Batches come out in order, whoever made them: the workers, or the consumer itself,
-// which never waits but makes what is not ready (with no workers, everything).
+// One of several processes that share each batch: of B rows it has those from ceil(rank B / ranks) to
+// ceil((rank + 1) B / ranks), so that rank 0 is the last to have none.
+struct Share {
+    std::int64_t rank = 0;
+    std::int64_t ranks = 1;
+
+    std::int64_t begin(std::int64_t rows) const { return before(rank, rows); }
+    std::int64_t end(std::int64_t rows) const { return before(rank + 1, rows); }
+
+private:
+    std::int64_t before(std::int64_t r, std::int64_t rows) const {
+        // not r * rows / ranks, which may overflow
+        return rows / ranks * r + (rows % ranks * r + ranks - 1) / ranks;
+    }
+};
+
+// One pass over a rank's share of the data, from batch `first_batch` on. Batches come out in order, whoever made
+// them: the workers, or the consumer itself, which never waits but makes what is not ready (with no workers,
+// everything).
 class Batches {
 public:
     Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t first_batch,
-            std::int64_t n_batches, int workers, std::shared_ptr<BufferPool> pool);
+            std::int64_t n_batches, const Share& share, int workers, std::shared_ptr<BufferPool> pool);
     ~Batches();
     Batches(const Batches&) = delete;
     Batches& operator=(const Batches&) = delete;
@@ -94,7 +111,7 @@ public:
 
     std::int64_t n_batches() const { return n_batches_; }
     const Table& table() const { return table_; }
-    std::unique_ptr<Batches> start(const Order& order, std::int64_t first_batch);
+    std::unique_ptr<Batches> start(const Order& order, std::int64_t first_batch, const Share& share);
 
 private:
     std::shared_ptr<BufferPool> make_pool() const;

@@ -330,6 +330,24 @@ def test_a_forked_child_says_so_and_can_begin_again() -> None:
     """)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_share_each_batch(ranks: int, num_workers: int) -> None:
+    """Their rows, one rank after another, are the batch; the last batch of 103 rows has 7."""
+    options = {"batch_size": 16, "shuffle": True, "seed": 5, "num_workers": num_workers}
+    data = numbered(103), np.arange(103)
+    loaders = [DataLoader(data, **options, rank=rank, world_size=ranks) for rank in range(ranks)]
+    whole = DataLoader(data, **options)
+    for loader in (whole, *loaders):
+        loader.set_epoch(1, 2)
+    for x, y, *parts in zip(*zip(*whole, strict=True), *loaders, strict=True):
+        sizes = [len(part) for part, _ in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert sizes[0] == max(sizes)
+        assert torch.equal(torch.cat([part for part, _ in parts]), x)
+        assert torch.equal(torch.cat([part for _, part in parts]), y)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_worker_s_failure_reaches_the_consumer(num_workers: int) -> None:
     run_python(f"""
@@ -363,6 +381,8 @@ def test_a_worker_s_failure_reaches_the_consumer(num_workers: int) -> None:
         ({"indices": [0, 10]}, ValueError, r"indices\[1\] is 10, expected 0 <= index < 10"),
         ({"indices": [-1]}, ValueError, r"indices\[0\] is -1, expected 0 <= index < 10"),
         ({"indices": [0.5]}, ValueError, "indices is float64 of shape"),
+        ({"rank": 2, "world_size": 2}, ValueError, "rank is 2, expected 0 <= rank <= 1"),
+        ({"world_size": 0}, ValueError, "world_size is 0, expected 1 <= world_size"),
         ({"indices": [[0]]}, ValueError, "indices is int64 of shape"),
     ],
 )

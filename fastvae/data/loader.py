@@ -34,8 +34,9 @@ class DataLoader:
     batch_size: samples a batch, at least 1.
     seed: of the shuffling, 0 <= seed < 2**64.
     drop_last: leave out a last batch smaller than batch_size.
-    num_workers: threads; 0 gathers in the calling thread, None is half of the cores and at most 4.
+    num_workers: threads; 0 gathers in the calling thread, None is half of this process's cores and at most 4.
     indices: int64 [M], the samples to use (others are left out); all of them by default.
+    rank, world_size: of several processes, each with its rows of every batch (see `set_rank`).
 
     Raises DataError for data that cannot be used, ValueError and TypeError for other bad arguments.
     """
@@ -50,6 +51,8 @@ class DataLoader:
         drop_last: bool = False,
         num_workers: int | None = None,
         indices: npt.ArrayLike | torch.Tensor | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.batch_size = _integer("batch_size", batch_size, 1, 2**62)
         self.shuffle = bool(shuffle)
@@ -58,6 +61,7 @@ class DataLoader:
         self.num_workers = _workers(num_workers)
         self._source = as_source(source)
         self._epoch = self._first_batch = 0
+        self.set_rank(rank, world_size)
         chosen = None if indices is None else _indices(indices)
         self._n_samples = self._source.n_samples if chosen is None else len(chosen)
         self._native = _native.Loader(
@@ -100,15 +104,29 @@ class DataLoader:
         self._epoch = _integer("epoch", epoch, 0, 2**62)
         self._first_batch = _integer("first_batch", first_batch, 0, len(self))
 
+    def set_rank(self, rank: int, world_size: int) -> None:
+        """Makes passes give one of `world_size` ranks its rows of every batch; others are not read.
+
+        Of B rows rank r has those from ceil(r B / world_size) to ceil((r + 1) B / world_size): a last batch
+        of less than world_size rows leaves the last ranks with batches of 0 rows.
+        """
+        self.world_size = _integer("world_size", world_size, 1, 2**31)
+        self.rank = _integer("rank", rank, 0, self.world_size - 1)
+
     def __len__(self) -> int:
-        """Batches in a pass."""
+        """Batches in a pass, the same on all ranks."""
         return len(self._native)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, self._epoch = self._epoch, self._epoch + 1
         first_batch, self._first_batch = self._first_batch, 0
         batches = self._native.start(
-            seed=self.seed, epoch=epoch, shuffle=self.shuffle, first_batch=first_batch
+            seed=self.seed,
+            epoch=epoch,
+            shuffle=self.shuffle,
+            first_batch=first_batch,
+            rank=self.rank,
+            ranks=self.world_size,
         )
         return _labelled(batches) if self.has_labels else map(torch.from_numpy, batches)
 
@@ -134,7 +152,8 @@ def _workers(num_workers: int | None) -> int:
     if num_workers is not None:
         return _integer("num_workers", num_workers, 0, 256)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_MAX_WORKERS, cores // 2)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, which share the cores
+    return min(_MAX_WORKERS, cores // (2 * processes))
 
 
 def _indices(indices: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.int64]:
