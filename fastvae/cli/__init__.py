@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.metadata
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,12 +15,15 @@ from ..training.config import ConfigError
 from ..training.signals import TrainingStopped
 from . import train
 
+RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun starts
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fastvae: error: {message}\n")
+        self.exit(2, f"fastvae: error: {message}\n" if LOCAL_RANK == 0 else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt as interrupt:
-        print(f"fastvae: {interrupt or 'interrupted'}", file=sys.stderr)
+        if RANK == 0:
+            print(f"fastvae: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     except TrainingStopped as stopped:
         run = stopped.checkpoint.parent.parent
-        print(f"fastvae: {stopped}; go on with: fastvae train --resume {run}", file=sys.stderr)
+        if RANK == 0:
+            print(f"fastvae: {stopped}; go on with: fastvae train --resume {run}", file=sys.stderr)
         return stopped.exit_status
     except Exception as error:
         # what fastvae raises on purpose has a class of its own; all else is a bug, and shows its traceback
@@ -45,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if getattr(arguments, "debug", False):
             traceback.print_exc()
-        print(f"fastvae: error: {_one_line(error)}", file=sys.stderr)
+        if not _is_said_elsewhere(error):
+            which = "" if RANK == 0 else f"rank {RANK}: "
+            print(f"fastvae: error: {which}{_one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
     return 0
 
@@ -57,6 +65,20 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(metavar="command", required=True)
     train.add_command(commands)
     return parser
+
+
+def _is_said_elsewhere(error: Exception) -> bool:
+    """Whether another rank has the same to say: the first of this node, or of all."""
+    if isinstance(error, ConfigError):
+        return LOCAL_RANK > 0
+    if RANK == 0:
+        return False
+
+    from ..training.checkpoint import CheckpointError
+    from ..training.launch import RankError
+    from ..training.trainer import TrainingError
+
+    return isinstance(error, (CheckpointError, RankError, TrainingError))
 
 
 def _one_line(error: Exception) -> str:

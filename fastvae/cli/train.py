@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..data import DataLoader, Dataset, Source
     from ..ops import ELBOTerms
+    from ..training.distributed import Ranks
     from ..training.trainer import TrainResult
 
 EVALUATED = 256  # data at a time; no result depends on it
@@ -41,28 +42,40 @@ def add_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train as the command line says; nothing is written before every option and the data are checked."""
     resume = getattr(arguments, "resume", None) is not None
-    config = _options_of_run(arguments) if resume else train_config(arguments)
+    config = None if resume else train_config(arguments)
 
+    from ..training.distributed import join
+
+    ranks = join()
+    with ranks.together():
+        if config is None:
+            config = ranks.from_first(lambda: _options_of_run(arguments))
+        _train(config, resume, ranks)
+
+
+def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     import torch
 
     from ..data import resolve
     from ..inference.evaluate import evaluate, negative_elbo
     from ..ops import resolve_impl
     from ..training.device import choose_device
-    from ..training.run_folder import check_run_folder
+    from ..training.launch import open_run
     from ..training.tensorboard import check_tensorboard
     from ..training.trainer import Trainer
 
-    if config.out is not None:
-        check_run_folder(Path(config.out), config.overwrite or resume)
+    given = None if config.out is None else Path(config.out)
+    ranks.from_first(lambda: open_run(given, config.overwrite, resume))
     choose_device(config.device)
     if config.tensorboard:
         check_tensorboard()
     own = own_class(config)
 
-    data = resolve(config.data, config.download)
-    name = config.model.rpartition(":")[2]
-    out = Path(config.out or f"runs/{data.name}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    with ranks.node_first():
+        data = resolve(config.data, config.download)
+    name = f"{data.name}-{config.model.rpartition(':')[2]}"
+    default = ranks.from_first(lambda: f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = Path(config.out or default)
     config = config.replace(
         data=config.data or data.name, likelihood=likelihood_of_run(config, data.name, own), out=str(out)
     )
@@ -84,7 +97,12 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"operators: {impl} ({impl_reason})", flush=True)
     result = trainer.fit()
     loss = negative_elbo(model, logvar_clamp=config.logvar_clamp)
-    test_terms = None if test is None else evaluate(model, test, loss=loss, seed=config.seed)
+    test_terms = None
+    if test is not None:
+        group = ranks.group(trainer.device)
+        test_terms = evaluate(model, test, loss=loss, seed=config.seed, process_group=group)
+    if not ranks.is_first:
+        return
     summary = {
         **_losses(test_terms, result),
         "epochs": len(result.history),

@@ -5,16 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..data import DataLoader
 from ..loss import ELBOLoss
 from ..models.model import as_model, likelihood_of, log_variance_of
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.reference import clamp_logvar
 from ..ops.types import FreeBitsForm
 from .latents import LatentStatistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Batch = Tensor | Sequence[Tensor]
 
@@ -58,6 +65,7 @@ def evaluate(
     loss: ELBOLoss | None = None,
     seed: int = 0,
     latents: LatentStatistics | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> ELBOTerms:
     """The loss and its terms over all data, in nats a datum: eval mode, float32, one z a datum.
 
@@ -68,6 +76,8 @@ def evaluate(
         clamp of logvar holds for z too. Its free bits are left out, for they are a means of training: the
         loss here is recon + beta * kl; with a capacity recon + beta * |kl - capacity|, of the KL of all data.
     latents: takes in the posteriors of all data.
+    process_group: its ranks have the same model and the same batches, take some of the batches each, and all
+        get the terms of all of them.
 
     Returns float64 scalars. The model is left in the mode it was in. Raises ValueError for no data,
     ModelError for a model without encode and decode.
@@ -82,16 +92,23 @@ def evaluate(
     model.eval()
     try:
         with torch.autocast(device.type, enabled=False):
-            for x in inputs(batches, device):
+            for first_row, batch in _share(batches, process_group):
+                (x,) = inputs([batch], device)
                 mu, logvar = model.encode(x)
                 logvar = clamp_logvar(logvar, loss.spec)
                 if latents is not None:
                     latents.update(mu, logvar)
-                z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=count)
+                z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=first_row)
                 sums += torch.stack(plain.terms(model.decode(z), x, kl=kl)).double() * len(x)
                 count += len(x)
     finally:
         model.train(was_training)
+    if process_group is not None:
+        totals = torch.cat((sums, sums.new_tensor([count])))
+        dist.all_reduce(totals, group=process_group)
+        sums, count = totals[:-1], int(totals[-1])
+        if latents is not None:
+            latents.gather(process_group)
     if count == 0:
         raise ValueError("batches: got no data to evaluate on, expected at least one batch")
     total, recon, kl = (sums / count).cpu()
@@ -100,12 +117,33 @@ def evaluate(
     return ELBOTerms(total, recon, kl)
 
 
+def _share(batches: Iterable[Batch], process_group: ProcessGroup | None) -> Iterator[tuple[int, Batch]]:
+    """This rank's part of the batches, and where among all data each of them begins."""
+    rank, ranks = (0, 1) if process_group is None else (dist.get_rank(process_group), process_group.size())
+    if isinstance(batches, DataLoader) and ranks > 1:  # which reads only what is asked for
+        first, end = (r * len(batches) // ranks for r in (rank, rank + 1))
+        batches.set_epoch(batches.epoch, first)
+        yield from _with_places(islice(batches, end - first), first * batches.batch_size)
+        return
+    for i, (first_row, batch) in enumerate(_with_places(batches)):
+        if i % ranks == rank:
+            yield first_row, batch
+
+
+def _with_places(batches: Iterable[Batch], first_row: int = 0) -> Iterator[tuple[int, Batch]]:
+    """The batches, each with the place of its first row."""
+    for batch in batches:
+        yield first_row, batch
+        first_row += len(batch if isinstance(batch, Tensor) else batch[0])
+
+
 def _plain(loss: ELBOLoss) -> ELBOLoss:
-    """`loss` as recon + beta * kl."""
-    if loss.spec.free_bits is None and loss.capacity is None:
+    """`loss` as recon + beta * kl, of batches that no other rank has a part of."""
+    if loss.spec.free_bits is None and loss.capacity is None and loss.process_group is None:
         return loss
     plain = copy.copy(loss)  # with the same parameters, and the buffers in a dictionary of its own
     plain._buffers = dict(loss._buffers)
     plain.spec = replace(loss.spec, free_bits=None)
     plain.capacity = None
+    plain.process_group = None
     return plain

@@ -63,7 +63,7 @@ class CheckpointWriter:
         Returns where the checkpoint will be. An error leaves the earlier ones as they were.
         """
         self.wait()
-        path = self.folder / f"step-{step:010d}.safetensors"
+        path = checkpoint_path(self.folder.parent, step)
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
         self._thread = threading.Thread(target=self._write, args=(path, copies, json.dumps(state)))
         self._thread.start()
@@ -90,6 +90,11 @@ class CheckpointWriter:
         except OSError as error:
             error.filename = error.filename or str(path)
             self._error = error
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return run / CHECKPOINTS_NAME / f"step-{step:010d}.safetensors"
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -6,7 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from .distributed import Ranks
 
 LATENTS = {"z", "mu", "logvar"}
 
@@ -23,10 +26,14 @@ class ExtraLoss:
     loss as it is: weigh it yourself. The average stays on the device until it is read.
     """
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.function = function.to(device) if isinstance(function, nn.Module) else function
         self._names = LATENTS & _parameters(function.forward if isinstance(function, nn.Module) else function)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the values, and of their data
+        self._own = torch.zeros_like(self._sums)  # of this rank, not in those yet
+        self._group = None if ranks is None else ranks.group(device)
 
     def __call__(self, x_hat: Tensor, x: Tensor, **latents: Tensor) -> Tensor:
         """The value for a batch, a float32 scalar. Raises ExtraLossError."""
@@ -39,20 +46,34 @@ class ExtraLoss:
         value = value.float()
         kept = value.detach().double()
         counted = torch.where(kept.isfinite(), torch.stack((kept, torch.ones_like(kept))), 0.0)
-        self._sums += counted * len(x)
+        self._own += counted * len(x)
         return value
 
+    def gather(self) -> None:
+        """Take in what each rank has counted since the last call; for all of them to call."""
+        if self._group is not None:
+            dist.all_reduce(self._own, group=self._group)
+        self._sums += self._own
+        self._own.zero_()
+
     def average(self) -> float:
-        """The average over the data since `reset`; waits for the device."""
+        """The average over the data since `reset`; waits for the device, and for other ranks."""
+        self.gather()
         total, data = self._sums.tolist()
         return float(total / max(data, 1.0))
 
     def reset(self) -> None:
         """Begin a new average."""
         self._sums.zero_()
+        self._own.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average so far, and what may change in a module: buffers, and parameters with gradients."""
+        """The average so far, and what may change in a module: buffers, and parameters with gradients.
+
+        Of several ranks, after `gather`.
+        """
+        if self._group is None:
+            self.gather()
         found = {"sums": self._sums}
         if isinstance(self.function, nn.Module):
             found |= {f"buffer.{name}": t for name, t in self.function.named_buffers()}

@@ -149,10 +149,10 @@ class NativeAdam:
         parts: list[_Part] = []
         gradients = []
         indices = []
-        for i, (leaf, offset) in enumerate(zip(weights.leaves, weights.offsets, strict=True)):
-            if leaf.grad is None:
+        for i, (gradient, offset) in enumerate(zip(weights.own_gradients(), weights.offsets, strict=True)):
+            if gradient is None:
                 continue
-            gradient = _laid_out_as(leaf, leaf.grad)
+            gradient = _laid_out_as(weights.leaves[i], gradient)
             gradients.append(gradient)  # alive while its address is in use
             indices.append(i)
             places = at + 4 * offset, mean_at + 4 * offset, square_at + 4 * offset

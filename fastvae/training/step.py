@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..loss import ELBOLoss
@@ -18,7 +18,9 @@ from ..ops import ELBOTerms, sample_and_kl
 from ..ops.library import random_bits
 from ..ops.reference import clamp_logvar
 from .config import DEFAULT_MAX_SKIPPED, TrainConfig
+from .distributed import Ranks, Share
 from .extra import ExtraLoss
+from .gradient_sum import GradientSum, part_of, parts
 from .numbers import SkippedSteps
 from .optimizer import NativeAdam, make_optimizer
 from .schedules import capacity_factor, kl_factor, lr_factor
@@ -45,6 +47,7 @@ class TrainStep:
     lr_factor, kl_factor, capacity_factor: the factors of `lr` and of the loss's beta and capacity in each
         step, counted from 0; None is 1. `loss` itself keeps its beta and capacity.
     extra_loss: a term to add, see `ExtraLoss`.
+    ranks: that train together, each with a part of every batch; None is this process alone.
     steps: how many were made, which is all the state that the schedules have.
     count: the data trained on since `reset`.
     skipped: what is known of steps that were not applied.
@@ -69,9 +72,12 @@ class TrainStep:
         kl_factor: Callable[[int], float] | None = None,
         capacity_factor: Callable[[int], float] | None = None,
         extra_loss: Callable[..., Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self.model = model
+        if ranks is not None and ranks.size > 1:
+            loss = _of_all_ranks(loss, ranks, device)
         self.loss = loss
         self.lr = lr
         self.steps = 0
@@ -98,8 +104,13 @@ class TrainStep:
         self.skipped = SkippedSteps(max_skipped, [*self.weights.names, *names_of_loss], name)
         self._checks_each_step = isinstance(self.optimizer, NativeAdam)  # which is not waited for
         self._autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
-        self.extra = None if extra_loss is None else ExtraLoss(extra_loss, device)
+        self.extra = None if extra_loss is None else ExtraLoss(extra_loss, device, ranks)
         self._leaves = [*self.weights.leaves, *learned_by_loss]
+        self._sum: GradientSum | None = None
+        self._waits_for_ranks = loss.process_group is not None
+        if ranks is not None and ranks.size > 1:
+            self._sum = GradientSum(ranks, self.weights, learned_by_loss)
+            self._waits_for_ranks |= any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
         self._tapes = self._new_tapes()
         self._kept: list[Tensor] = []
         self._sizes: list[int] = []
@@ -116,6 +127,7 @@ class TrainStep:
         total_steps: int,
         amp_dtype: torch.dtype,
         extra_loss: Callable[..., Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> TrainStep:
         """The step that `config` describes, in a training of `total_steps`."""
         lr_changes = config.lr_schedule != "constant" or config.lr_warmup_steps > 0
@@ -139,41 +151,54 @@ class TrainStep:
             kl_factor=kl if config.kl_warmup != "none" else None,
             capacity_factor=None if loss.capacity is None or config.capacity is None else capacity,
             extra_loss=extra_loss,
+            ranks=ranks,
         )
 
-    def __call__(self, x: Tensor) -> None:
-        """Train on x, float32 [B, *item] on the model's device. Raises NonFiniteError."""
+    def __call__(self, x: Tensor, share: Share | None = None) -> None:
+        """Train on x, float32 [B, *item] on the model's device. Raises NonFiniteError.
+
+        share: which rows of the batch these are; None is all.
+        """
+        share = Share(0, len(x), len(x)) if share is None else share
         if self._lr_factor is not None:
             self.optimizer.set_lr(self.lr * self._lr_factor(self.steps))
         for name, factor in self._factors.items():
             torch.mul(self._full[name], factor(self.steps), out=getattr(self.loss, name))
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        terms = self._backward(x) if self.accumulate == 1 else self._backward_by_parts(x)
+        own: ELBOTerms | None = None
+        if share.rows == 0 and self._sum is not None and not self._waits_for_ranks:
+            random_bits(x.device)  # which the other ranks draw for the noise
+        elif self.accumulate == 1:
+            own = self._backward(x, share)
+        else:
+            own = self._backward_by_parts(x, share)
+        terms = own if self._sum is None else self._sum(own)
+        assert terms is not None  # who has no others makes its own
         self.optimizer.step(terms)
         self.steps += 1
         # kept as they are until they are read, so that no step waits for the one before
         self._kept += [term.detach() for term in terms]
-        self._sizes.append(len(x))
-        self.count += len(x)
+        self._sizes.append(share.batch)
+        self.count += share.batch
         if len(self._sizes) == MOST_KEPT:
             self._add_up()
         if self._checks_each_step or not self._sizes:
             self._check()
 
-    def _backward(self, x: Tensor) -> ELBOTerms:
-        """The loss and its terms; their gradients arrive at the leaves."""
+    def _backward(self, x: Tensor, share: Share) -> ELBOTerms:
+        """The loss and its terms, or this rank's part of them; their gradients arrive at the leaves."""
         if self._tapes is None:
             with self.weights.lent():
-                terms = self._terms(x)
+                terms = self._terms(x, share)
                 self.optimizer.backward(terms.loss)
             return terms
-        kind = x.shape, x.stride(), x.dtype
+        kind = x.shape, x.stride(), x.dtype, share
         if kind in self._tapes:
             outputs = self._tapes[kind](x)
         else:
             with self.weights.lent():
-                outputs, tape = record(self._terms_and_gradients, x)
+                outputs, tape = record(partial(self._terms_and_gradients, share=share), x)
             if tape is None:
                 self._tapes = None
             else:
@@ -183,39 +208,41 @@ class TrainStep:
             leaf.grad = gradient
         return ELBOTerms(loss, recon, kl)
 
-    def _backward_by_parts(self, x: Tensor) -> ELBOTerms:
+    def _backward_by_parts(self, x: Tensor, share: Share) -> ELBOTerms:
         """`_backward` with the activations of one part of x at a time."""
         seed = random_bits(x.device)
         summed = torch.zeros(len(ELBOTerms._fields), device=x.device)
-        first = 0
+        first = share.first
         with self.weights.lent():
             for part in x.chunk(self.accumulate):
-                share = 1.0 if self.loss.spec.recon_reduction == "sum" else len(part) / len(x)
-                terms = self._terms(part, seed, first)
-                self.optimizer.backward(terms.loss * share)
-                summed += torch.stack(terms).detach() * share
+                terms = self._terms(part, Share(first, len(part), share.batch), seed)
+                self.optimizer.backward(terms.loss)
+                summed += torch.stack(terms).detach()
                 first += len(part)
         return ELBOTerms(*summed)
 
-    def _terms(self, x: Tensor, seed: Tensor | None = None, first_row: int = 0) -> ELBOTerms:
-        """The loss of x with the extra loss, and its terms."""
-        arguments, extra = self._loss_arguments(x, seed, first_row)
-        terms = self.loss.terms(**arguments)
-        return terms if extra is None else terms._replace(loss=terms.loss + extra)
+    def _terms(self, x: Tensor, share: Share, seed: Tensor | None = None) -> ELBOTerms:
+        """What x adds to the loss, with the extra loss, and to its terms."""
+        spec = self.loss.spec
+        arguments, extra = self._loss_arguments(x, share, seed)
+        terms = part_of(self.loss.terms(**arguments), spec, share)
+        return terms if extra is None else terms._replace(loss=terms.loss + extra * parts(spec, share)[0])
 
     def _loss_arguments(
-        self, x: Tensor, seed: Tensor | None = None, first_row: int = 0
+        self, x: Tensor, share: Share, seed: Tensor | None = None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What the loss of x is computed from, and the extra loss.
+        """What the loss of x is computed from, these rows of a batch, and the extra loss.
 
-        Of a part of a batch that begins at `first_row`, with the seed of the batch's noise.
+        seed: of the batch's noise.
         """
         with self._autocast:
             mu, logvar = self._run(self.model.encode, x)
             logvar = clamp_logvar(logvar, self.loss.spec)
-            z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=first_row)
+            z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=share.first)
             x_hat = self._run(self.model.decode, z)
-            extra = None if self.extra is None else self.extra(x_hat, x, z=z, mu=mu, logvar=logvar)
+            extra = None
+            if self.extra is not None and share.rows > 0:
+                extra = self.extra(x_hat, x, z=z, mu=mu, logvar=logvar)
         if self.channels_last:
             x_hat, x = _in_one_order(x_hat, x, self.loss)
         if self.loss.spec.free_bits is None:
@@ -227,9 +254,16 @@ class TrainStep:
         """Encoder or decoder."""
         return checkpoint(part, x, use_reentrant=False) if self.checkpoint_activations else part(x)
 
-    def _terms_and_gradients(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        arguments, _ = self._loss_arguments(x)  # recorded without an extra loss only
-        terms, roots = self.loss.terms_and_gradients(**arguments)
+    def _terms_and_gradients(self, x: Tensor, share: Share) -> tuple[Tensor | None, ...]:
+        part, kl_part = parts(self.loss.spec, share)
+        if part == kl_part:
+            arguments, _ = self._loss_arguments(x, share)  # recorded without an extra loss only
+            terms, roots = self.loss.terms_and_gradients(**arguments)
+            if part != 1:
+                terms, roots = ELBOTerms(*(t * part for t in terms)), [(t, g * part) for t, g in roots]
+        else:
+            terms = self._terms(x, share)
+            roots = [(terms.loss, torch.ones_like(terms.loss))]
         tensors, gradients = zip(*roots, strict=True)
         return (*terms, *torch.autograd.grad(tensors, self._leaves, gradients, allow_unused=True))
 
@@ -237,6 +271,7 @@ class TrainStep:
         """A tape for each shape of x; None where steps run as they are written."""
         native = isinstance(self.optimizer, NativeAdam)
         as_written = self.accumulate > 1 or self.checkpoint_activations or self.extra is not None
+        as_written = as_written or self._waits_for_ranks
         return {} if native and not as_written and is_recordable(self.model, self.loss) else None
 
     @contextmanager
@@ -258,6 +293,8 @@ class TrainStep:
         """
         self._add_up()
         self._check()
+        if self.extra is not None:
+            self.extra.gather()
         loss, recon, kl, data = self._sums.tolist()
         data = max(data, 1)
         return loss / data, recon / data, kl / data
@@ -353,4 +390,15 @@ def _with_own(loss: ELBOLoss, names: list[str], device: torch.device) -> ELBOLos
         value = torch.as_tensor(getattr(own, name), dtype=torch.float32, device=device).detach().clone()
         delattr(own, name)
         own.register_buffer(name, value, persistent=False)
+    return own
+
+
+def _of_all_ranks(loss: ELBOLoss, ranks: Ranks, device: torch.device) -> ELBOLoss:
+    """The loss, with the process group where it depends on the totals of a batch."""
+    by_free_bits = loss.spec.free_bits is not None and loss.spec.free_bits_form == "batch"
+    by_totals = by_free_bits or loss.capacity is not None or isinstance(loss.log_variance, str)
+    if loss.process_group is not None or not by_totals:
+        return loss
+    own = copy.copy(loss)  # with the same parameters and buffers
+    own.process_group = ranks.group(device)
     return own

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
 
 from ..data import DataLoader
 from ..inference.evaluate import Batch, evaluate, inputs, negative_elbo
@@ -23,14 +25,23 @@ from ..models.files import CONFIG_NAME, WEIGHTS_NAME, save_weights, write_json
 from ..models.model import check_batch, check_parameters
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
-from .checkpoint import CheckpointWriter, checkpoints, load_newest_checkpoint, prefixed, without_prefix
+from .checkpoint import (
+    CheckpointWriter,
+    checkpoint_path,
+    checkpoints,
+    load_newest_checkpoint,
+    prefixed,
+    without_prefix,
+)
 from .collapse import CollapseWatch
 from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
+from .distributed import REPORT, Share, check_devices, join
 from .images import Images
+from .launch import note_begun, open_run
 from .numbers import NonFiniteError
-from .run_folder import METRICS_NAME, OPTIONS_NAME, check_run_folder, prepare_run_folder
-from .signals import StopSignal, TrainingStopped
+from .run_folder import METRICS_NAME, OPTIONS_NAME, prepare_run_folder
+from .signals import SIGNALS, StopSignal, TrainingStopped
 from .state import Progress, load_training_tensors, training_tensors
 from .step import TrainStep
 from .telemetry import Telemetry
@@ -100,6 +111,9 @@ class Trainer:
     resume: go on with the run that is in `out`, from its newest checkpoint.
     callbacks: what else is told of the training, see `fastvae.Callback`.
 
+    Under torchrun the ranks train together, as `docs/training.md` says; `train` gives each the same batches,
+    and each takes its rows. Callbacks are told on rank 0 alone.
+
     Moves the model to the chosen device. Raises ConfigError for a device or a package that is absent, a
     folder that may not be written or an option that does not go with model or data, ValueError for no
     training data, ModelError for a model without encode and decode or with nothing to train.
@@ -118,15 +132,20 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         config = TrainConfig() if config is None else config
+        self.ranks = join()
         if len(train) == 0:
             raise ValueError("train: got no batches, expected at least one")
+        if isinstance(getattr(train, "sampler", None), DistributedSampler):
+            raise ValueError(
+                "train: got a DistributedSampler, expected the same batches on all ranks; each takes its rows"
+            )
         if config.epochs is None:
             enough = math.ceil(DEFAULT_STEPS_AT_LEAST / len(train))
             config = config.replace(epochs=max(DEFAULT_EPOCHS, enough))
         self.config = config
         self.folder = None if config.out is None else Path(config.out)
-        self.resume = resume
-        if resume and self.folder is None:
+        folder = self.folder
+        if resume and folder is None:
             raise ValueError("resume: got no config.out, expected the folder of a run")
         if config.patience is not None and val is None:
             got = f"got {config.patience} without validation data"
@@ -135,13 +154,15 @@ class Trainer:
             raise ConfigError(
                 "channels_last", "given for a model without convolutions, expected one with them"
             )
-        if self.folder is not None:
-            check_run_folder(self.folder, config.overwrite or resume)
         if config.tensorboard:
-            if self.folder is None:
+            if folder is None:
                 raise ConfigError("tensorboard", "got true without out, expected a run folder")
             check_tensorboard()
+        self.resume = folder is not None and self.ranks.from_first(
+            lambda: open_run(folder, config.overwrite, resume)
+        )
         self.device, self.device_reason = choose_device(config.device)
+        check_devices(self.ranks, self.device)
         self.amp_dtype, self.amp_reason = choose_amp_dtype(self.device, config.amp)
         self.model = as_model(model).to(self.device)
         check_parameters(model)
@@ -158,10 +179,10 @@ class Trainer:
         self.extra_loss = extra_loss
         self.train = train
         self.val = val
-        writers = [TensorBoard(self.folder)] if config.tensorboard and self.folder is not None else []
-        self._callbacks = Callbacks([*callbacks, *writers])
+        writers = [TensorBoard(folder)] if config.tensorboard and folder is not None else []
+        self._callbacks = Callbacks([*callbacks, *writers] if self.ranks.is_first else [])
         self._images = Images(config.image_epochs, config.seed, val, self.device, self.folder)
-        self._started: Iterator[Batch] | None = None  # an epoch whose first batch has been looked at
+        self._started: Iterator[tuple[Tensor, Share]] | None = None  # an epoch, its first batch looked at
 
     def fit(self) -> TrainResult:
         """Train for `config.epochs` epochs, or until `config.patience` is at its end.
@@ -177,21 +198,26 @@ class Trainer:
             TrainingStopped: SIGTERM or Ctrl-C came; where there is a folder, after a checkpoint.
             CheckpointError: there is no checkpoint to resume from, or it is of another training.
             OSError: writing failed, as where the disk is full. Earlier checkpoints stay.
+            RankError: another rank has failed or is gone.
         """
-        result = None
-        try:
-            result = self._fit()
-        finally:
-            self._callbacks.on_end(result)
-        return result
+        with self.ranks.together():
+            result = None
+            try:
+                result = self._fit()
+            finally:
+                self._callbacks.on_end(result)
+            return result
 
     def _fit(self) -> TrainResult:
         config = self.config
         assert config.epochs is not None  # resolved above
         torch.manual_seed(config.seed)
+        extra = self.extra_loss
+        for module in (self.model, self.loss, *([extra] if isinstance(extra, nn.Module) else [])):
+            self.ranks.broadcast([*module.parameters(), *module.buffers()])
         total_steps = config.epochs * len(self.train)
         step = TrainStep.from_config(
-            self.model, self.loss, config, total_steps, self.amp_dtype, self.extra_loss
+            self.model, self.loss, config, total_steps, self.amp_dtype, self.extra_loss, self.ranks
         )
         best_weights: dict[str, Tensor] = {}
         progress = Progress()
@@ -202,14 +228,16 @@ class Trainer:
             if self.folder is None:
                 self._run(step, progress, best_weights, None, None)
             else:
-                self._write_beginning(progress, config_of_model)
-                with CheckpointWriter(self.folder) as writer, StopSignal() as stop:
+                if self.ranks.is_first:
+                    self._write_beginning(progress, config_of_model)
+                writing = CheckpointWriter(self.folder) if self.ranks.is_first else nullcontext()
+                with writing as writer, StopSignal() as stop:
                     self._run(step, progress, best_weights, writer, stop)
         except NonFiniteError as error:
             raise self._not_finite(error) from error
         step.weights.release()
         self.model.load_state_dict(best_weights)
-        if self.folder is not None:
+        if self.folder is not None and self.ranks.is_first:
             save_weights(self.folder / WEIGHTS_NAME, best_weights)
         rate = progress.samples / progress.seconds if progress.seconds else 0.0
         history = progress.history
@@ -237,15 +265,17 @@ class Trainer:
             while progress.epoch <= epochs and not progress.out_of_patience(self.config.patience):
                 for _ in self._train_epoch(step, progress, telemetry, gpu):
                     total = progress.step(len(self.train))
-                    stopped = None if stop is None else stop.signal
+                    stopped = self._agreed_signal(stop)
                     every = self.config.checkpoint_steps
-                    if writer is None or (stopped is None and (every is None or total % every)):
+                    if self.folder is None or (stopped is None and (every is None or total % every)):
                         continue
                     progress.wall_seconds = time.perf_counter() - began
-                    path = self._save(writer, step, progress, best_weights)
+                    self._save(writer, step, progress, best_weights)
                     if stopped is not None:
-                        writer.wait()
-                        raise TrainingStopped(stopped, total, path)
+                        if writer is not None:
+                            writer.wait()
+                        self.ranks.wait()  # torchrun ends them all when one has ended
+                        raise TrainingStopped(stopped, total, checkpoint_path(self.folder, total))
                 metrics = self._metrics(step, progress, gpu.average())
                 with step.averaged_weights():
                     row = {
@@ -257,12 +287,12 @@ class Trainer:
                     }
                     images = self._images.draw(self.model, progress.epoch)
                     self._end_epoch(progress, row, best_weights, writer)
-                if writer is not None:
+                if self.folder is not None:
                     progress.wall_seconds = time.perf_counter() - began
                     self._save(writer, step, progress, best_weights)
                 telemetry.epoch(row)
                 self._callbacks.on_epoch(row)
-                if images:
+                if images and self.ranks.is_first:
                     self._images.write(row["epoch"], images)
                     self._callbacks.on_images(row["step"], images)
                 warning = watch.update(row)
@@ -273,6 +303,12 @@ class Trainer:
             print(
                 f"stopped after epoch {progress.epoch - 1}: {without} than in epoch {progress.best['epoch']}"
             )
+
+    def _agreed_signal(self, stop: StopSignal | None) -> int | None:
+        """The signal that this rank or another one got."""
+        if stop is None:
+            return None
+        return next((number for number in SIGNALS if self.ranks.agree(number, stop.signal == number)), None)
 
     def _train_epoch(
         self, step: TrainStep, progress: Progress, telemetry: Telemetry, gpu: GPUMeter
@@ -285,15 +321,17 @@ class Trainer:
         earlier, waited_earlier = progress.epoch_seconds, progress.epoch_wait_seconds
         began = time.perf_counter()
         next_report = began + REPORT_SECONDS
-        batches = WaitClock(self._batches(progress.epoch, first))
-        for done, x in enumerate(inputs(batches, self.device), first + 1):
-            step(x)
+        self.ranks.share_generators(self.device)
+        batches = WaitClock(self._shares(progress.epoch, first))
+        for done, (x, share) in enumerate(batches, first + 1):
+            step(x, share)
             progress.batch = done
             progress.epoch_samples = step.count
             progress.epoch_seconds = earlier + time.perf_counter() - began
             progress.epoch_wait_seconds = waited_earlier + batches.seconds
             yield
-            if time.perf_counter() >= next_report:
+            is_due = self.ranks.is_first and time.perf_counter() >= next_report
+            if self.ranks.agree(REPORT, is_due):
                 metrics = self._metrics(step, progress, gpu.read())
                 telemetry.step(progress.epoch, progress.batch, metrics)
                 self._callbacks.on_report(progress.step(len(self.train)), metrics)
@@ -312,11 +350,12 @@ class Trainer:
         self._started = None
         if progress.epoch > self.config.epochs:
             return None
-        batches = self._batches(progress.epoch, progress.batch)
-        first = list(islice(batches, 1))
-        self._started = chain(first, batches)
-        for x in inputs(first, self.device):
-            return describe(self.model, x.shape[1:], check_batch(self.model, x))
+        shares = self._shares(progress.epoch, progress.batch)
+        first = list(islice(shares, 1))
+        self._started = chain(first, shares)
+        for x, share in first:
+            if share.rows > 0:
+                return describe(self.model, x.shape[1:], check_batch(self.model, x))
         return None
 
     def _metrics(self, step: TrainStep, progress: Progress, gpu: Figures) -> Figures:
@@ -330,11 +369,34 @@ class Trainer:
             **gpu,
         }
 
-    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        """The batches of an epoch from the one with index `first` on."""
+    def _shares(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Share]]:
+        """This rank's rows of the batches of an epoch, on its device, from that with index `first` on."""
         if self._started is not None:
             started, self._started = self._started, None
             return started
+        return self._new_shares(epoch, first)
+
+    def _new_shares(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Share]]:
+        train, ranks, device = self.train, self.ranks, self.device
+        if ranks.size == 1:
+            for x in inputs(self._batches(epoch, first), device):
+                yield x, Share(0, len(x), len(x))
+        elif isinstance(train, DataLoader):  # which reads the rows of a rank alone
+            before = train.rank, train.world_size
+            train.set_rank(ranks.rank, ranks.size)
+            try:
+                for i, x in enumerate(inputs(self._batches(epoch, first), device), first):
+                    yield x, ranks.share(min(train.batch_size, train.n_samples - i * train.batch_size))
+            finally:
+                train.set_rank(*before)
+        else:
+            for batch in self._batches(epoch, first):
+                x = batch if isinstance(batch, Tensor) else batch[0]
+                share = ranks.share(len(x))
+                yield x[share.first : share.first + share.rows].to(device, non_blocking=True), share
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of an epoch from the one with index `first` on."""
         if isinstance(self.train, DataLoader):
             self.train.set_epoch(epoch - 1, first)
             return iter(self.train)
@@ -359,7 +421,7 @@ class Trainer:
             )
             if writer is not None:
                 writer.save_best(best_weights)
-        if self.folder is not None:
+        if self.folder is not None and self.ranks.is_first:
             with open(self.folder / METRICS_NAME, "a") as file:
                 file.write(json.dumps(row) + "\n")
         progress.samples += progress.epoch_samples
@@ -370,21 +432,37 @@ class Trainer:
         progress.epoch_seconds = progress.epoch_wait_seconds = 0.0
 
     def _save(
-        self, writer: CheckpointWriter, step: TrainStep, progress: Progress, best_weights: dict[str, Tensor]
-    ) -> Path:
+        self,
+        writer: CheckpointWriter | None,
+        step: TrainStep,
+        progress: Progress,
+        best_weights: dict[str, Tensor],
+    ) -> None:
+        """Write a checkpoint, on the rank that has the writer."""
         step.averages()  # raises where a step was not applied
         if not step.weights.flat.isfinite().all():
             total = progress.step(len(self.train))
             raise TrainingError(
                 f"weights are not finite after step {total}; try a lower --lr than {self.config.lr:g}"
             )
-        tensors = {**training_tensors(self.model, self.loss, step), **prefixed("best", best_weights)}
-        return writer.save(progress.step(len(self.train)), tensors, progress.to_json(len(self.train)))
+        self._share_buffers()
+        if writer is not None:
+            tensors = {**training_tensors(self.model, self.loss, step), **prefixed("best", best_weights)}
+            writer.save(progress.step(len(self.train)), tensors, progress.to_json(len(self.train)))
+
+    def _share_buffers(self) -> None:
+        """Make the model's buffers equal on all ranks: running statistics become the mean of the ranks'."""
+        for buffer in self.model.buffers():
+            if buffer.is_floating_point():
+                self.ranks.average([buffer])
+            else:
+                self.ranks.broadcast([buffer])
 
     def _restore(self, step: TrainStep) -> tuple[Progress, dict[str, Tensor]]:
         """Put everything where the newest checkpoint has it."""
-        assert self.folder is not None
-        (tensors, state), problems = load_newest_checkpoint(self.folder)
+        folder = self.folder
+        assert folder is not None
+        (tensors, state), problems = self.ranks.from_first(lambda: load_newest_checkpoint(folder))
         for problem in problems:
             print(f"{problem}; the one before it is used")
         progress = Progress.from_json(state, len(self.train))
@@ -396,6 +474,7 @@ class Trainer:
         assert self.folder is not None
         if not self.resume:
             prepare_run_folder(self.folder)
+            note_begun(self.folder)
             if config_of_model is not None:
                 write_json(self.folder / CONFIG_NAME, config_of_model)
         # without where it lies: as --config it begins a run of its own, and the folder can be moved
@@ -408,8 +487,16 @@ class Trainer:
         names = ("val_loss", "val_recon", "val_kl")
         if self.val is None:
             return dict.fromkeys(names)
+        self._share_buffers()
         latents = LatentStatistics()
-        terms = evaluate(self.model, self.val, loss=self.loss, seed=self.config.seed, latents=latents)
+        terms = evaluate(
+            self.model,
+            self.val,
+            loss=self.loss,
+            seed=self.config.seed,
+            latents=latents,
+            process_group=self.ranks.group(self.device),
+        )
         loss, recon, kl = (float(term) for term in terms)
         if not math.isfinite(loss):
             raise TrainingError(

@@ -35,6 +35,7 @@ class FlatWeights:
     leaves: where the gradient of each parameter arrives: the parameter itself, or its copy.
     names: of the parameters, in the same order.
     gradients: those that `gather_gradients` moved, by parameter: views of `flat.grad`.
+    summed: these where they are gathered and added up over ranks, None where no rank has one; else None.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class FlatWeights:
             view.copy_(parameter.detach())
             parameter.data = view
         self.gradients: list[Tensor] = []
+        self.summed: list[Tensor | None] | None = None
 
         self.copies: Tensor | None = None
         self._swaps: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
@@ -84,9 +86,10 @@ class FlatWeights:
 
     def gather_gradients(self) -> None:
         """Move the gradients of the last backward into `flat.grad`; absent ones are zero."""
+        if self.summed is not None:
+            return
         if self.flat.grad is None:
-            self.flat.grad = torch.zeros_like(self.flat)
-            self.gradients = self._views(self.flat.grad)
+            self.use_gradient_memory(torch.zeros_like(self.flat))
         gradients = []
         for leaf, view in zip(self.leaves, self.gradients, strict=True):
             if leaf.grad is None:
@@ -94,6 +97,15 @@ class FlatWeights:
             gradients.append(leaf.grad)
             leaf.grad = None
         torch._foreach_copy_(self.gradients, gradients)
+
+    def own_gradients(self) -> list[Tensor | None]:
+        """The gradient of each parameter, where it has one: as it has arrived, or summed over ranks."""
+        return [leaf.grad for leaf in self.leaves] if self.summed is None else self.summed
+
+    def use_gradient_memory(self, memory: Tensor) -> None:
+        """Let `flat.grad` be this memory."""
+        self.flat.grad = memory
+        self.gradients = self._views(memory)
 
     def refresh_copies(self) -> None:
         """Bring the copies up to date with `flat`, after an update of `flat` alone."""

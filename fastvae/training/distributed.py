@@ -1,0 +1,212 @@
+"""The ranks that train together: data parallel, each with all weights and with its rows of every batch."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import ConfigError
+from .launch import RankError, begin_process_group, is_one_of_several
+from .signals import SIGNALS
+
+T = TypeVar("T")
+
+REPORT = 0  # a look at the averages
+REQUESTS = (REPORT, *SIGNALS)  # what ranks may ask of each other
+
+
+class Share(NamedTuple):
+    """A rank's rows of a batch: `rows` of them from `first` on, of `batch` in all."""
+
+    first: int
+    rows: int
+    batch: int
+
+
+class Ranks:
+    """The processes that train together, as one of them sees it; of a single process by default.
+
+    rank, size: which one this is, and of how many.
+    asked, agreed: for `agree`: what this rank wants of the others, and what any wanted in the last step.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, control: dist.ProcessGroup | None = None) -> None:
+        self.rank = rank
+        self.size = size
+        self._control = control  # for tensors on a CPU
+        self.asked: set[int] = set()
+        self.agreed: set[int] = set()
+        self._waiting: set[int] = set()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes, prints and draws."""
+        return self.rank == 0
+
+    def group(self, device: torch.device) -> dist.ProcessGroup | None:
+        """The process group for tensors on `device`; None for a single process."""
+        return self._control if self.size == 1 or device.type == "cpu" else dist.group.WORLD
+
+    def share(self, batch: int) -> Share:
+        """This rank's rows of a batch of `batch`, as `DataLoader.set_rank` deals them out."""
+        first, end = (-(-r * batch // self.size) for r in (self.rank, self.rank + 1))
+        return Share(first, end - first, batch)
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What `function` gives on rank 0, on every rank; if it raises, the other ranks raise RankError."""
+        if self.size == 1:
+            return function()
+        sent: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                sent[1] = function()
+            except BaseException as error:
+                dist.broadcast_object_list([str(error), None], 0, group=self._control)
+                raise
+        dist.broadcast_object_list(sent, 0, group=self._control)
+        problem, result = sent
+        if problem is not None:
+            raise RankError(f"rank 0 could not go on: {problem}")
+        found: T = result
+        return found
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks what the tensors are on rank 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                same = tensor.detach().contiguous()
+                dist.broadcast(same, 0, group=self.group(same.device))
+                tensor.copy_(same)
+
+    @torch.no_grad()
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks the mean of floating-point tensors; what is equal on all stays, bit for bit."""
+        if self.size > 1:
+            for tensor in tensors:
+                first = tensor.clone()
+                self.broadcast([first])
+                apart = torch.where(tensor == first, 0.0, tensor - first)
+                dist.all_reduce(apart, group=self.group(tensor.device))
+                tensor.copy_(torch.where(apart == 0, first, first + apart / self.size))
+
+    def share_generators(self, device: torch.device) -> None:
+        """Put the generators of all ranks where those of rank 0 are."""
+        if self.size > 1:
+            state = torch.get_rng_state()
+            self.broadcast([state])
+            torch.set_rng_state(state)
+            if device.type == "cuda":
+                state = torch.cuda.get_rng_state(device)
+                self.broadcast([state])
+                torch.cuda.set_rng_state(state, device)
+
+    def leave(self) -> None:
+        """Let go of the process group, which is about to end."""
+        self._control = None
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self._control)
+
+    def agree(self, request: int, mine: bool) -> bool:
+        """Whether any rank wants this (one of REQUESTS); for all ranks to call after each step.
+
+        It travels with the gradients, so that all ranks get True after the same step: the next one, on a GPU
+        a few later.
+        """
+        if self.size == 1:
+            return mine
+        if request in self.agreed:
+            self._waiting.discard(request)
+            return True
+        if mine and request not in self._waiting:
+            self._waiting.add(request)
+            self.asked.add(request)
+        return False
+
+    @contextlib.contextmanager
+    def node_first(self) -> Iterator[None]:
+        """One rank of each node goes through the block before the others."""
+        is_node_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not is_node_first:
+            self.wait()
+        yield
+        if is_node_first:
+            self.wait()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """While it lasts only rank 0 prints to standard output, and a rank that is gone is a RankError."""
+        if self.size == 1:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            if not self.is_first:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            try:
+                yield
+            except RuntimeError as error:
+                if isinstance(error, dist.DistError) or (
+                    type(error) is RuntimeError and "gloo" in str(error)
+                ):
+                    reason = str(error).partition("\n")[0]
+                    raise RankError(f"another rank has ended or cannot be reached: {reason}") from error
+                raise
+
+
+_joined: tuple[dist.ProcessGroup | None, Ranks] = (None, Ranks())  # the default process group, and its ranks
+
+
+def join() -> Ranks:
+    """The ranks that this process was started with, by torchrun for one; their process group begins here.
+
+    A process group that exists already is used. A single process is a Ranks by itself.
+    """
+    global _joined
+    if not dist.is_available():
+        return Ranks()
+    if not dist.is_initialized():
+        if not is_one_of_several():
+            return Ranks()
+        begin_process_group()
+        atexit.register(dist.destroy_process_group)
+    group = dist.group.WORLD
+    if _joined[0] is not group:
+        atexit.register(_leave)  # before the other
+        rank, size = dist.get_rank(), dist.get_world_size()
+        control = None
+        if size > 1:
+            control = group if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        _joined = group, Ranks(rank, size, control)
+    return _joined[1]
+
+
+def check_devices(ranks: Ranks, device: torch.device) -> None:
+    """Raise ConfigError where ranks would share a GPU, which NCCL refuses."""
+    if ranks.size > 1 and device.type == "cuda":
+        used: list[Any] = [None] * ranks.size
+        gpu = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
+        dist.all_gather_object(used, gpu, group=ranks.group(torch.device("cpu")))
+        if len(set(used)) < ranks.size:
+            got = f"got cuda for {ranks.size} ranks with {len(set(used))} GPUs"
+            raise ConfigError("device", f"{got}, expected one for each; use a smaller --nproc-per-node")
+
+
+def _leave() -> None:
+    """Hold no process group any more, so that it ends with its threads before Python does."""
+    global _joined
+    _joined[1].leave()
+    _joined = (None, Ranks())
+    gc.collect()
