@@ -20,7 +20,7 @@ from fastvae.inference.evaluate import evaluate
 from fastvae.training.config import TrainConfig
 from fastvae.training.trainer import Trainer
 
-EVEN, UNEVEN, LAST_ALONE = 160, 150, 145  # data: batches of 16, the last of 16, 6 and 1
+EVEN, UNEVEN, LAST_ALONE = 160, 149, 145  # data: batches of 16, the last of 16, 5 and 1
 RANK = int(os.environ.get("RANK", 0))
 
 
