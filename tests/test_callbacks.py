@@ -13,8 +13,9 @@ import fastvae
 from fastvae import VAE, DataLoader
 from fastvae.training import trainer as trainer_module
 from fastvae.training.config import TrainConfig
+from fastvae.training.result import TrainResult
 from fastvae.training.signals import TrainingStopped
-from fastvae.training.trainer import Trainer, TrainResult
+from fastvae.training.trainer import Trainer
 
 
 class Diary(fastvae.Callback):

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from fastvae import VAE, DataLoader
 from fastvae.inference.evaluate import evaluate
 from fastvae.training.config import ConfigError, TrainConfig
+from fastvae.training.result import TrainResult
 from fastvae.training.signals import TrainingStopped
-from fastvae.training.trainer import Trainer, TrainResult
+from fastvae.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("seed")
 

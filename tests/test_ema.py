@@ -13,7 +13,8 @@ from fastvae import VAE, DataLoader, ELBOLoss
 from fastvae.inference.evaluate import evaluate, negative_elbo
 from fastvae.training.checkpoint import load_newest_checkpoint, without_prefix
 from fastvae.training.config import TrainConfig
-from fastvae.training.optimizer import FusedAdam, NativeAdam
+from fastvae.training.fused_adam import FusedAdam
+from fastvae.training.native_adam import NativeAdam
 from fastvae.training.step import TrainStep
 from fastvae.training.trainer import Trainer
 from fastvae.training.weights import FlatWeights

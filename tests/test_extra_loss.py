@@ -15,9 +15,10 @@ from torch import nn
 from fastvae import VAE, DataLoader, ELBOLoss
 from fastvae.training.config import TrainConfig
 from fastvae.training.extra import ExtraLossError
+from fastvae.training.result import TrainingError
 from fastvae.training.signals import TrainingStopped
 from fastvae.training.step import TrainStep
-from fastvae.training.trainer import Trainer, TrainingError
+from fastvae.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

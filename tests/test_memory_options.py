@@ -169,7 +169,7 @@ def test_activations_are_not_kept() -> None:
 @pytest.mark.parametrize("shape", [(1, 9, 9), (3, 12, 10)])
 def test_channels_last(amp_dtype: torch.dtype, optimizer: str, shape, monkeypatch) -> None:
     if optimizer == "fused":  # as on a GPU
-        monkeypatch.setattr("fastvae.training.optimizer.NativeAdam", fastvae.training.optimizer.FusedAdam)
+        monkeypatch.setattr("fastvae.training.optimizer.NativeAdam", fastvae.training.fused_adam.FusedAdam)
     x = torch.rand(20, *shape)
     (plain, terms), (last, its_terms) = (
         trained(lambda: VAE.conv(shape, 3), x, amp_dtype=amp_dtype, ema_decay=0.9, channels_last=on)

@@ -18,11 +18,13 @@ from fastvae.cli import main
 from fastvae.ops import ELBOTerms
 from fastvae.training.checkpoint import checkpoints
 from fastvae.training.config import TrainConfig
+from fastvae.training.fused_adam import FusedAdam
+from fastvae.training.native_adam import NativeAdam
 from fastvae.training.numbers import NonFiniteError
-from fastvae.training.optimizer import FusedAdam, NativeAdam
+from fastvae.training.result import TrainingError
 from fastvae.training.signals import TrainingStopped
 from fastvae.training.step import TrainStep
-from fastvae.training.trainer import Trainer, TrainingError
+from fastvae.training.trainer import Trainer
 from fastvae.training.weights import FlatWeights
 
 NOT_FINITE = [math.inf, -math.inf, math.nan]

@@ -11,10 +11,12 @@ from fastvae import VAE, DataLoader, ELBOLoss
 from fastvae.inference.evaluate import evaluate, negative_elbo
 from fastvae.training import device as device_module
 from fastvae.training import step as step_module
+from fastvae.training.adam import LOG_VARIANCE_LR_FACTOR
 from fastvae.training.checkpoint import load_newest_checkpoint, without_prefix
 from fastvae.training.config import ConfigError, TrainConfig
 from fastvae.training.device import choose_amp_dtype, choose_device
-from fastvae.training.optimizer import LOG_VARIANCE_LR_FACTOR, FusedAdam, make_optimizer
+from fastvae.training.fused_adam import FusedAdam
+from fastvae.training.optimizer import make_optimizer
 from fastvae.training.schedules import capacity_factor, kl_factor, lr_factor
 from fastvae.training.step import TrainStep
 from fastvae.training.trainer import Trainer

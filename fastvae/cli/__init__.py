@@ -76,7 +76,7 @@ def _is_said_elsewhere(error: Exception) -> bool:
 
     from ..training.checkpoint import CheckpointError
     from ..training.launch import RankError
-    from ..training.trainer import TrainingError
+    from ..training.result import TrainingError
 
     return isinstance(error, (CheckpointError, RankError, TrainingError))
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..data import DataLoader, Dataset, Source
     from ..ops import ELBOTerms
     from ..training.distributed import Ranks
-    from ..training.trainer import TrainResult
+    from ..training.result import TrainResult
 
 EVALUATED = 256  # data at a time; no result depends on it
 

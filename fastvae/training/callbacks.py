@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .trainer import Trainer, TrainResult
+    from .result import TrainResult
+    from .trainer import Trainer
 
 
 class Callback:

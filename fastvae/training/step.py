@@ -21,8 +21,9 @@ from .config import DEFAULT_MAX_SKIPPED, TrainConfig
 from .distributed import Ranks, Share
 from .extra import ExtraLoss
 from .gradient_sum import GradientSum, part_of, parts
+from .native_adam import NativeAdam
 from .numbers import SkippedSteps
-from .optimizer import NativeAdam, make_optimizer
+from .optimizer import make_optimizer
 from .schedules import capacity_factor, kl_factor, lr_factor
 from .tape import Tape, is_recordable, record
 from .weights import FlatWeights

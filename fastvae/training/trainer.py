@@ -7,17 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data.distributed import DistributedSampler
 
-from ..data import DataLoader
-from ..inference.evaluate import Batch, evaluate, inputs, negative_elbo
+from ..inference.evaluate import evaluate, negative_elbo
 from ..inference.latents import LatentStatistics
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
@@ -40,7 +38,9 @@ from .distributed import REPORT, Share, check_devices, join
 from .images import Images
 from .launch import note_begun, open_run
 from .numbers import NonFiniteError
+from .result import TrainingError, TrainResult
 from .run_folder import METRICS_NAME, OPTIONS_NAME, prepare_run_folder
+from .shares import Batches, shares_of_epoch
 from .signals import SIGNALS, StopSignal, TrainingStopped
 from .state import Progress, load_training_tensors, training_tensors
 from .step import TrainStep
@@ -51,41 +51,6 @@ from .usage import Figures, GPUMeter, WaitClock, overall
 DEFAULT_EPOCHS = 10
 DEFAULT_STEPS_AT_LEAST = 1000
 REPORT_SECONDS = 0.5
-
-
-class Batches(Protocol):
-    """What a training iterates over once an epoch: `fastvae.DataLoader`, or torch's."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __len__(self) -> int: ...
-
-
-class TrainingError(RuntimeError):
-    """A training that cannot go on; the message says where and what to try."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training came to.
-
-    history: the rows of metrics.jsonl: epoch, step, train_loss, train_recon, train_kl, train_extra (only with
-        an extra loss, which is a part of train_loss), val_loss, val_recon, val_kl (nats a datum; None without
-        validation data), skipped_steps (since the beginning, those that were not applied since their loss or
-        gradients were not finite), samples_per_second, data_wait_share (the part of the steps' time that the
-        iteration over `train` took), gpu_memory_bytes, gpu_utilization, gpu_power_watts (see `GPUMeter`),
-        seconds; with validation data also kl_by_latent (nats) and active_units (see `LatentStatistics`).
-    best: the row whose weights the model has now: the least val_loss, or the last without validation data.
-    seconds, samples_per_second: of the epochs' steps, and the checkpoints between them; without validation.
-    usage: data_wait_share and the gpu_ figures of the whole training.
-    """
-
-    history: list[dict[str, Any]]
-    best: dict[str, Any]
-    steps: int
-    seconds: float
-    samples_per_second: float
-    usage: dict[str, float | None]
 
 
 class Trainer:
@@ -374,36 +339,7 @@ class Trainer:
         if self._started is not None:
             started, self._started = self._started, None
             return started
-        return self._new_shares(epoch, first)
-
-    def _new_shares(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Share]]:
-        train, ranks, device = self.train, self.ranks, self.device
-        if ranks.size == 1:
-            for x in inputs(self._batches(epoch, first), device):
-                yield x, Share(0, len(x), len(x))
-        elif isinstance(train, DataLoader):  # which reads the rows of a rank alone
-            before = train.rank, train.world_size
-            train.set_rank(ranks.rank, ranks.size)
-            try:
-                for i, x in enumerate(inputs(self._batches(epoch, first), device), first):
-                    yield x, ranks.share(min(train.batch_size, train.n_samples - i * train.batch_size))
-            finally:
-                train.set_rank(*before)
-        else:
-            for batch in self._batches(epoch, first):
-                x = batch if isinstance(batch, Tensor) else batch[0]
-                share = ranks.share(len(x))
-                yield x[share.first : share.first + share.rows].to(device, non_blocking=True), share
-
-    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        """The batches of an epoch from the one with index `first` on."""
-        if isinstance(self.train, DataLoader):
-            self.train.set_epoch(epoch - 1, first)
-            return iter(self.train)
-        set_epoch = getattr(self.train, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch - 1)
-        return islice(iter(self.train), first, None)
+        return shares_of_epoch(self.train, self.ranks, self.device, epoch, first)
 
     def _end_epoch(
         self,

@@ -73,6 +73,11 @@ class FlatWeights:
                         self._swaps.append((module, name, parameter, copies[place]))
                         self.leaves[place] = copies[place]
 
+    @property
+    def is_half(self) -> bool:
+        """Whether the copies are float16, whose gradients need a scale."""
+        return self.copies is not None and self.copies.dtype == torch.float16
+
     @contextmanager
     def lent(self) -> Iterator[None]:
         """While it lasts, the layers hold the copies."""

@@ -1,0 +1,168 @@
+"""torch's fused Adam, for weights on any device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import ELBOTerms
+from .adam import BETAS, EPS, LOG_VARIANCE_LR_FACTOR, averages_of, finding_of, named_averages, share_of_new
+from .numbers import Finding
+from .weights import FlatWeights
+
+# with a smaller scale even a gradient of 1 is 0 in float16
+LEAST_SCALE = 2.0**-24
+
+
+class FusedAdam:
+    """torch's fused Adam or AdamW over the flat weights; with a GradScaler for float16.
+
+    The learning rates are tensors on the device, changed in place: a captured graph reads them anew. So is
+    what Adam is told not to apply a step by.
+    """
+
+    def __init__(
+        self,
+        weights: FlatWeights,
+        learned_by_loss: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        self.weights = weights
+        self.clip_norm = clip_norm
+        device = weights.flat.device
+        self._parameters = [weights.flat, *learned_by_loss]
+        own_lr = torch.tensor(lr * LOG_VARIANCE_LR_FACTOR, device=device)
+        groups = [
+            {"params": [weights.flat], "lr": torch.tensor(lr, device=device), "weight_decay": weight_decay},
+            *([{"params": learned_by_loss, "lr": own_lr, "weight_decay": 0.0}] if learned_by_loss else []),
+        ]
+        self.adam = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type) if weights.is_half else None
+        self._found, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        self._kept: list[tuple[ELBOTerms | None, Tensor]] = []
+        self.ema_decay = ema_decay
+        self.averages = [] if ema_decay is None else averages_of(weights, learned_by_loss)
+
+    def set_lr(self, lr: float) -> None:
+        """Use another learning rate from the next `step` on."""
+        for group, factor in zip(self.adam.param_groups, (1.0, LOG_VARIANCE_LR_FACTOR), strict=False):
+            group["lr"].fill_(lr * factor)
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of `loss`, scaled where float16 would lose them."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(self, terms: ELBOTerms | None = None) -> None:
+        """Update the weights by their gradients; not where these or the loss are not finite."""
+        self.weights.gather_gradients()
+        self._kept.append((terms, self._look(terms)))
+        if self.clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.adam)
+            self._clip(self.clip_norm)
+        applied = None if self.ema_decay is None else self._applied().clone()
+        if self.scaler is None:
+            self.adam.step()
+        else:
+            self.scaler.step(self.adam)
+            self.scaler.update()
+        if applied is not None:
+            self._average(self._applied() - applied)
+        self.weights.refresh_copies()
+        for group in self.adam.param_groups[1:]:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _look(self, terms: ELBOTerms | None) -> Tensor:
+        """The loss, and the largest element of each gradient; Adam hears of what is not finite."""
+        gradients = [*self.weights.gradients, *(p.grad for p in self._parameters[1:] if p.grad is not None)]
+        loss = self._one if terms is None else terms.loss.detach().float()
+        largest = torch.stack([loss, *torch._foreach_norm(gradients, math.inf)])
+        if self.scaler is None:
+            self._found.zero_()
+            # the scaler's own test, in one launch
+            torch._amp_foreach_non_finite_check_and_unscale_([largest], self._found, self._one)
+            self.adam.found_inf = self._found  # type: ignore[attr-defined]
+        else:
+            # which makes a gradient not a number, as the scaler looks at these alone
+            self._parameters[0].grad[:1].add_(loss * 0)  # type: ignore[index]
+        return largest
+
+    def _applied(self) -> Tensor:
+        """The steps that were applied, counted on the device."""
+        state = self.adam.state.get(self.weights.flat)
+        found: Tensor = state["step"] if state else torch.zeros_like(self._one)
+        return found
+
+    @torch.no_grad()
+    def _average(self, applied: Tensor) -> None:
+        """Take the weights into their averages; `applied` is 1, or 0 where the last step was not applied."""
+        assert self.ema_decay is not None
+        share = applied * share_of_new(self.ema_decay, self._applied())
+        for weights, average in self.averages:
+            average.lerp_(weights, share)
+
+    @torch.no_grad()
+    def _clip(self, max_norm: float) -> None:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        # a factor that is not a number would stay in the flat gradient, between those of the parameters
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1).nan_to_num(0.0)
+        torch._foreach_mul_(gradients, factor)
+
+    def findings(self) -> list[Finding | None]:
+        """What was not finite in each step since the last call; waits for the device.
+
+        With a scaler, gradients that overflow are no matter while there is a smaller scale to try.
+        """
+        if not self._kept:
+            return []
+        kept, self._kept = self._kept, []
+        finite = torch.stack([largest for _, largest in kept]).isfinite().tolist()
+        overflow = self.scaler is not None and self.scaler.get_scale() >= LEAST_SCALE
+        found: list[Finding | None] = []
+        for (terms, _), (of_loss, *of_gradients) in zip(kept, finite, strict=True):
+            if not of_loss:
+                found.append(finding_of(terms))
+            elif not all(of_gradients):
+                found.append(finding_of(terms, of_gradients.index(False), overflow))
+            else:
+                found.append(None)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments and the numbers of steps, the averages, and the scale of the gradients."""
+        found = {
+            f"{i}.{name}": value
+            for i, parameter in enumerate(self._updated())
+            for name, value in self.adam.state[parameter].items()
+        }
+        if self.scaler is not None:
+            numbers = self.scaler.state_dict()
+            found |= {f"scaler.{name}": torch.tensor(value) for name, value in numbers.items()}
+        return found | named_averages(self.averages)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        for i, parameter in enumerate(self._updated()):
+            start = f"{i}."
+            self.adam.state[parameter] = {
+                name.removeprefix(start): value.to(parameter.device)
+                for name, value in tensors.items()
+                if name.startswith(start)
+            }
+        for name, average in named_averages(self.averages).items():
+            average.copy_(tensors[name])
+        if self.scaler is not None:
+            numbers = {n: tensors[f"scaler.{n}"].item() for n in self.scaler.state_dict()}
+            self.scaler.load_state_dict(numbers)
+
+    def _updated(self) -> list[nn.Parameter]:
+        return [parameter for group in self.adam.param_groups for parameter in group["params"]]
