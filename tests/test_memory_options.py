@@ -14,6 +14,7 @@ from fastvae import VAE, DataLoader, ELBOLoss
 from fastvae.cli import main
 from fastvae.inference.evaluate import negative_elbo
 from fastvae.training.config import ConfigError, TrainConfig
+from fastvae.training.distributed import Share
 from fastvae.training.step import TrainStep
 from fastvae.training.trainer import Trainer
 
@@ -157,7 +158,7 @@ def test_activations_are_not_kept() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            terms = step._terms(torch.rand(64, 3, 16, 16))
+            terms = step.backward.terms(torch.rand(64, 3, 16, 16), Share(0, 64, 64))
         assert terms.loss.isfinite()
         return sum(sizes.values())
 
@@ -187,7 +188,9 @@ def test_channels_last(amp_dtype: torch.dtype, optimizer: str, shape, monkeypatc
 def test_the_loss_reads_channels_last_as_they_lie() -> None:
     step = TrainStep(VAE.conv((3, 12, 10), 3), ELBOLoss(), channels_last=True)
     x = torch.rand(20, 3, 12, 10)
-    arguments, _ = step._loss_arguments(x.contiguous(memory_format=torch.channels_last))
+    arguments, _ = step.backward.loss_arguments(
+        x.contiguous(memory_format=torch.channels_last), Share(0, 20, 20)
+    )
     seen = arguments["x_hat"], arguments["x"]
     assert [t.shape for t in seen] == [(20, 12, 10, 3)] * 2
     assert all(t.is_contiguous() for t in seen)

@@ -165,7 +165,7 @@ def test_elsewhere_than_on_a_cpu_it_is_found_when_the_averages_are_read() -> Non
     model = VAE.mlp((12,), (8,), 2)
     step = TrainStep(model, ELBOLoss())
     step.optimizer = FusedAdam(step.weights, [], 1e-3, 0.0)
-    step._checks_each_step, step._tapes = False, None
+    step._checks_each_step, step.backward.tapes = False, None
     x = torch.rand(20, 12)
     step(x)
     weights = step.weights.flat.detach().clone()

@@ -58,9 +58,9 @@ def trained(
     torch.manual_seed(3)
     step = TrainStep(model, negative_elbo(model, 0.7, **loss_options), **options)
     if not tape:
-        step._tapes = None
+        step.backward.tapes = None
     else:
-        assert step._tapes is not None
+        assert step.backward.tapes is not None
     for x in batches:
         step(x)
     averages = torch.tensor(step.averages())
@@ -130,7 +130,7 @@ def test_a_step_goes_on_as_written_where_it_has_no_tape(seed: int) -> None:
     step = TrainStep(model, negative_elbo(model))
     for _ in range(2):
         step(torch.rand(4, *ITEM))
-    assert step._tapes is None
+    assert step.backward.tapes is None
     assert all(torch.tensor(step.averages()).isfinite())
 
 

@@ -12,6 +12,7 @@ from fastvae.inference.evaluate import evaluate, negative_elbo
 from fastvae.training import device as device_module
 from fastvae.training import step as step_module
 from fastvae.training.adam import LOG_VARIANCE_LR_FACTOR
+from fastvae.training.backward import Backward
 from fastvae.training.checkpoint import load_newest_checkpoint, without_prefix
 from fastvae.training.config import ConfigError, TrainConfig
 from fastvae.training.device import choose_amp_dtype, choose_device
@@ -310,15 +311,15 @@ def test_flat_weights_lend_copies_and_give_memory_back(seed):
 def test_averages_weigh_each_step_by_its_data(data, monkeypatch, seed, most_kept):
     monkeypatch.setattr(step_module, "MOST_KEPT", most_kept)
     step = TrainStep(VAE.mlp((16,), (8,), 2), ELBOLoss())
-    total, sizes, plain = 0.0, [10, 200, 30, 400, 50], step._backward
+    total, sizes, plain = 0.0, [10, 200, 30, 400, 50], Backward.__call__
 
-    def record(x):
+    def record(self, x, share):
         nonlocal total
-        terms = plain(x)
+        terms = plain(self, x, share)
         total += terms.loss.item() * len(x)
         return terms
 
-    monkeypatch.setattr(step, "_backward", record)
+    monkeypatch.setattr(Backward, "__call__", record)
     for size in sizes:
         step(torch.from_numpy(data[:size]))
     assert step.averages()[0] == pytest.approx(total / sum(sizes), rel=1e-6)

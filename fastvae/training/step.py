@@ -6,26 +6,23 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..loss import ELBOLoss
 from ..models import Model
-from ..ops import ELBOTerms, sample_and_kl
+from ..ops import ELBOTerms
 from ..ops.library import random_bits
-from ..ops.reference import clamp_logvar
+from .backward import Backward
 from .config import DEFAULT_MAX_SKIPPED, TrainConfig
 from .distributed import Ranks, Share
 from .extra import ExtraLoss
-from .gradient_sum import GradientSum, part_of, parts
+from .gradient_sum import GradientSum
 from .native_adam import NativeAdam
 from .numbers import SkippedSteps
 from .optimizer import make_optimizer
 from .schedules import capacity_factor, kl_factor, lr_factor
-from .tape import Tape, is_recordable, record
 from .weights import FlatWeights
 
 MOST_KEPT = 1000  # steps whose terms are kept before they are added up
@@ -88,9 +85,6 @@ class TrainStep:
         if self._factors:
             self.loss = _with_own(loss, list(self._factors), device)
             self._full = {name: getattr(self.loss, name).clone() for name in self._factors}
-        self.accumulate = accumulate
-        self.checkpoint_activations = checkpoint_activations
-        self.channels_last = channels_last
         if accumulate > 1:
             _check_sums_over_parts(loss)
         if channels_last:
@@ -104,15 +98,25 @@ class TrainStep:
         name = "loss" if extra_loss is None else "loss with its extra term"
         self.skipped = SkippedSteps(max_skipped, [*self.weights.names, *names_of_loss], name)
         self._checks_each_step = isinstance(self.optimizer, NativeAdam)  # which is not waited for
-        self._autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
         self.extra = None if extra_loss is None else ExtraLoss(extra_loss, device, ranks)
-        self._leaves = [*self.weights.leaves, *learned_by_loss]
         self._sum: GradientSum | None = None
         self._waits_for_ranks = loss.process_group is not None
         if ranks is not None and ranks.size > 1:
             self._sum = GradientSum(ranks, self.weights, learned_by_loss)
             self._waits_for_ranks |= any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-        self._tapes = self._new_tapes()
+        self.backward = Backward(
+            model,
+            self.loss,
+            self.weights,
+            learned_by_loss,
+            self.optimizer.backward,
+            amp_dtype=amp_dtype,
+            accumulate=accumulate,
+            checkpoint_activations=checkpoint_activations,
+            channels_last=channels_last,
+            extra=self.extra,
+            records=isinstance(self.optimizer, NativeAdam) and not self._waits_for_ranks,
+        )
         self._kept: list[Tensor] = []
         self._sizes: list[int] = []
         # of the terms, and of the data whose terms are finite
@@ -165,15 +169,11 @@ class TrainStep:
             self.optimizer.set_lr(self.lr * self._lr_factor(self.steps))
         for name, factor in self._factors.items():
             torch.mul(self._full[name], factor(self.steps), out=getattr(self.loss, name))
-        if self.channels_last and x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
         own: ELBOTerms | None = None
         if share.rows == 0 and self._sum is not None and not self._waits_for_ranks:
             random_bits(x.device)  # which the other ranks draw for the noise
-        elif self.accumulate == 1:
-            own = self._backward(x, share)
         else:
-            own = self._backward_by_parts(x, share)
+            own = self.backward(x, share)
         terms = own if self._sum is None else self._sum(own)
         assert terms is not None  # who has no others makes its own
         self.optimizer.step(terms)
@@ -186,94 +186,6 @@ class TrainStep:
             self._add_up()
         if self._checks_each_step or not self._sizes:
             self._check()
-
-    def _backward(self, x: Tensor, share: Share) -> ELBOTerms:
-        """The loss and its terms, or this rank's part of them; their gradients arrive at the leaves."""
-        if self._tapes is None:
-            with self.weights.lent():
-                terms = self._terms(x, share)
-                self.optimizer.backward(terms.loss)
-            return terms
-        kind = x.shape, x.stride(), x.dtype, share
-        if kind in self._tapes:
-            outputs = self._tapes[kind](x)
-        else:
-            with self.weights.lent():
-                outputs, tape = record(partial(self._terms_and_gradients, share=share), x)
-            if tape is None:
-                self._tapes = None
-            else:
-                self._tapes[kind] = tape
-        loss, recon, kl, *gradients = outputs
-        for leaf, gradient in zip(self._leaves, gradients, strict=True):
-            leaf.grad = gradient
-        return ELBOTerms(loss, recon, kl)
-
-    def _backward_by_parts(self, x: Tensor, share: Share) -> ELBOTerms:
-        """`_backward` with the activations of one part of x at a time."""
-        seed = random_bits(x.device)
-        summed = torch.zeros(len(ELBOTerms._fields), device=x.device)
-        first = share.first
-        with self.weights.lent():
-            for part in x.chunk(self.accumulate):
-                terms = self._terms(part, Share(first, len(part), share.batch), seed)
-                self.optimizer.backward(terms.loss)
-                summed += torch.stack(terms).detach()
-                first += len(part)
-        return ELBOTerms(*summed)
-
-    def _terms(self, x: Tensor, share: Share, seed: Tensor | None = None) -> ELBOTerms:
-        """What x adds to the loss, with the extra loss, and to its terms."""
-        spec = self.loss.spec
-        arguments, extra = self._loss_arguments(x, share, seed)
-        terms = part_of(self.loss.terms(**arguments), spec, share)
-        return terms if extra is None else terms._replace(loss=terms.loss + extra * parts(spec, share)[0])
-
-    def _loss_arguments(
-        self, x: Tensor, share: Share, seed: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What the loss of x is computed from, these rows of a batch, and the extra loss.
-
-        seed: of the batch's noise.
-        """
-        with self._autocast:
-            mu, logvar = self._run(self.model.encode, x)
-            logvar = clamp_logvar(logvar, self.loss.spec)
-            z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=share.first)
-            x_hat = self._run(self.model.decode, z)
-            extra = None
-            if self.extra is not None and share.rows > 0:
-                extra = self.extra(x_hat, x, z=z, mu=mu, logvar=logvar)
-        if self.channels_last:
-            x_hat, x = _in_one_order(x_hat, x, self.loss)
-        if self.loss.spec.free_bits is None:
-            return {"x_hat": x_hat, "x": x, "kl": kl}, extra
-        # free bits need the KL of each latent
-        return {"x_hat": x_hat, "x": x, "mu": mu, "logvar": logvar}, extra
-
-    def _run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """Encoder or decoder."""
-        return checkpoint(part, x, use_reentrant=False) if self.checkpoint_activations else part(x)
-
-    def _terms_and_gradients(self, x: Tensor, share: Share) -> tuple[Tensor | None, ...]:
-        part, kl_part = parts(self.loss.spec, share)
-        if part == kl_part:
-            arguments, _ = self._loss_arguments(x, share)  # recorded without an extra loss only
-            terms, roots = self.loss.terms_and_gradients(**arguments)
-            if part != 1:
-                terms, roots = ELBOTerms(*(t * part for t in terms)), [(t, g * part) for t, g in roots]
-        else:
-            terms = self._terms(x, share)
-            roots = [(terms.loss, torch.ones_like(terms.loss))]
-        tensors, gradients = zip(*roots, strict=True)
-        return (*terms, *torch.autograd.grad(tensors, self._leaves, gradients, allow_unused=True))
-
-    def _new_tapes(self) -> dict[Any, Tape] | None:
-        """A tape for each shape of x; None where steps run as they are written."""
-        native = isinstance(self.optimizer, NativeAdam)
-        as_written = self.accumulate > 1 or self.checkpoint_activations or self.extra is not None
-        as_written = as_written or self._waits_for_ranks
-        return {} if native and not as_written and is_recordable(self.model, self.loss) else None
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -332,7 +244,7 @@ class TrainStep:
 
     def reset(self) -> None:
         """Begin an epoch: new averages, and new tapes of a model that its owner may have changed."""
-        self._tapes = self._new_tapes()
+        self.backward.reset()
         self._kept, self._sizes = [], []
         self._sums.zero_()
         self.count = 0
@@ -371,16 +283,6 @@ def _check_sums_over_parts(loss: ELBOLoss) -> None:
         found = " and ".join(f'reduction "{reduction}"' for reduction in sorted(reductions))
     if found:
         raise ValueError(f"accumulate: given for a loss with {found}, expected one that adds up over parts")
-
-
-def _in_one_order(x_hat: Tensor, x: Tensor, loss: ELBOLoss) -> tuple[Tensor, Tensor]:
-    """Images with their channels last, in the order in which they lie, so that the loss reads no copy."""
-    scales = (loss.log_variance, loss.log_scale)
-    by_element = any(isinstance(scale, Tensor) and scale.numel() > 1 for scale in scales)
-    images = x_hat.ndim == 4 and x_hat.shape == x.shape
-    if by_element or not images or x_hat.is_contiguous():
-        return x_hat, x
-    return x_hat.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
 
 
 def _with_own(loss: ELBOLoss, names: list[str], device: torch.device) -> ELBOLoss:

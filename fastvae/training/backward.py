@@ -1,0 +1,164 @@
+"""The loss of a batch and its gradients: as written, in parts, or replayed from a tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..loss import ELBOLoss
+from ..models import Model
+from ..ops import ELBOTerms, sample_and_kl
+from ..ops.library import random_bits
+from ..ops.reference import clamp_logvar
+from .distributed import Share
+from .extra import ExtraLoss
+from .gradient_sum import part_of, parts
+from .tape import Tape, is_recordable, record
+from .weights import FlatWeights
+
+
+class Backward:
+    """The terms of the loss of x, or a rank's part of them; their gradients arrive at `leaves`.
+
+    backward: of the optimizer, which may scale the loss.
+    accumulate, checkpoint_activations, channels_last: see `TrainStep`.
+    records: whether the operations on a batch may be recorded and replayed; they are where model and loss
+        allow it, and nothing of the above asks for them as they are written.
+    leaves: the weights as the step uses them, then the parameters of the loss.
+    tapes: of the batches so far, by what they looked like; None where nothing is recorded.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loss: ELBOLoss,
+        weights: FlatWeights,
+        learned_by_loss: list[nn.Parameter],
+        backward: Callable[[Tensor], None],
+        *,
+        amp_dtype: torch.dtype,
+        accumulate: int,
+        checkpoint_activations: bool,
+        channels_last: bool,
+        extra: ExtraLoss | None,
+        records: bool,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.weights = weights
+        self.accumulate = accumulate
+        self.checkpoint_activations = checkpoint_activations
+        self.channels_last = channels_last
+        self.extra = extra
+        self.leaves = [*weights.leaves, *learned_by_loss]
+        self._backward = backward
+        device = weights.flat.device.type
+        self._autocast = torch.autocast(device, amp_dtype, enabled=amp_dtype != torch.float32)
+        as_written = accumulate > 1 or checkpoint_activations or extra is not None
+        self._records = records and not as_written
+        self.tapes: dict[Any, Tape] | None = None
+        self.reset()
+
+    def __call__(self, x: Tensor, share: Share) -> ELBOTerms:
+        """The loss and its terms, or this rank's part of them; their gradients arrive at the leaves."""
+        if self.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.accumulate > 1:
+            return self._by_parts(x, share)
+        if self.tapes is None:
+            with self.weights.lent():
+                terms = self.terms(x, share)
+                self._backward(terms.loss)
+            return terms
+        kind = x.shape, x.stride(), x.dtype, share
+        if kind in self.tapes:
+            outputs = self.tapes[kind](x)
+        else:
+            with self.weights.lent():
+                outputs, tape = record(partial(self._terms_and_gradients, share=share), x)
+            if tape is None:
+                self.tapes = None
+            else:
+                self.tapes[kind] = tape
+        loss, recon, kl, *gradients = outputs
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = gradient
+        return ELBOTerms(loss, recon, kl)
+
+    def _by_parts(self, x: Tensor, share: Share) -> ELBOTerms:
+        """`__call__` with the activations of one part of x at a time."""
+        seed = random_bits(x.device)
+        summed = torch.zeros(len(ELBOTerms._fields), device=x.device)
+        first = share.first
+        with self.weights.lent():
+            for part in x.chunk(self.accumulate):
+                terms = self.terms(part, Share(first, len(part), share.batch), seed)
+                self._backward(terms.loss)
+                summed += torch.stack(terms).detach()
+                first += len(part)
+        return ELBOTerms(*summed)
+
+    def terms(self, x: Tensor, share: Share, seed: Tensor | None = None) -> ELBOTerms:
+        """What x adds to the loss, with the extra loss, and to its terms."""
+        spec = self.loss.spec
+        arguments, extra = self.loss_arguments(x, share, seed)
+        terms = part_of(self.loss.terms(**arguments), spec, share)
+        return terms if extra is None else terms._replace(loss=terms.loss + extra * parts(spec, share)[0])
+
+    def loss_arguments(
+        self, x: Tensor, share: Share, seed: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What the loss of x is computed from, these rows of a batch, and the extra loss.
+
+        seed: of the batch's noise.
+        """
+        with self._autocast:
+            mu, logvar = self._run(self.model.encode, x)
+            logvar = clamp_logvar(logvar, self.loss.spec)
+            z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=share.first)
+            x_hat = self._run(self.model.decode, z)
+            extra = None
+            if self.extra is not None and share.rows > 0:
+                extra = self.extra(x_hat, x, z=z, mu=mu, logvar=logvar)
+        if self.channels_last:
+            x_hat, x = _in_one_order(x_hat, x, self.loss)
+        if self.loss.spec.free_bits is None:
+            return {"x_hat": x_hat, "x": x, "kl": kl}, extra
+        # free bits need the KL of each latent
+        return {"x_hat": x_hat, "x": x, "mu": mu, "logvar": logvar}, extra
+
+    def _run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """Encoder or decoder."""
+        return checkpoint(part, x, use_reentrant=False) if self.checkpoint_activations else part(x)
+
+    def _terms_and_gradients(self, x: Tensor, share: Share) -> tuple[Tensor | None, ...]:
+        part, kl_part = parts(self.loss.spec, share)
+        if part == kl_part:
+            arguments, _ = self.loss_arguments(x, share)  # recorded without an extra loss only
+            terms, roots = self.loss.terms_and_gradients(**arguments)
+            if part != 1:
+                terms, roots = ELBOTerms(*(t * part for t in terms)), [(t, g * part) for t, g in roots]
+        else:
+            terms = self.terms(x, share)
+            roots = [(terms.loss, torch.ones_like(terms.loss))]
+        tensors, gradients = zip(*roots, strict=True)
+        return (*terms, *torch.autograd.grad(tensors, self.leaves, gradients, allow_unused=True))
+
+    def reset(self) -> None:
+        """Forget the tapes, for the model's owner may have changed it."""
+        self.tapes = {} if self._records and is_recordable(self.model, self.loss) else None
+
+
+def _in_one_order(x_hat: Tensor, x: Tensor, loss: ELBOLoss) -> tuple[Tensor, Tensor]:
+    """Images with their channels last, in the order in which they lie, so that the loss reads no copy."""
+    scales = (loss.log_variance, loss.log_scale)
+    by_element = any(isinstance(scale, Tensor) and scale.numel() > 1 for scale in scales)
+    images = x_hat.ndim == 4 and x_hat.shape == x.shape
+    if by_element or not images or x_hat.is_contiguous():
+        return x_hat, x
+    return x_hat.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
