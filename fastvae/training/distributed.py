@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import gc
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -161,7 +162,8 @@ class Ranks:
                 if isinstance(error, dist.DistError) or (
                     type(error) is RuntimeError and "gloo" in str(error)
                 ):
-                    reason = str(error).partition("\n")[0]
+                    # gloo begins with the line of its source, and ends with advice
+                    reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". This is")[0].partition("\n")[0]
                     raise RankError(f"another rank has ended or cannot be reached: {reason}") from error
                 raise
 
