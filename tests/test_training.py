@@ -539,7 +539,9 @@ def test_the_capacity_of_a_given_loss_is_as_it_is(data):
 
 def test_capacity_holds_the_kl_where_it_is(data):
     """And validation, with the full capacity and the KL of all data, says so."""
-    trainer, result = _fit(data, epochs=30, lr=3e-3, beta=50.0, capacity=2.5, capacity_steps=100)
+    trainer, result = _fit(
+        data, epochs=30, lr=3e-3, lr_schedule="cosine", beta=50.0, capacity=2.5, capacity_steps=100
+    )
     row = result.history[-1]
     assert row["train_kl"] == pytest.approx(2.5, abs=0.3)
     assert row["val_kl"] == pytest.approx(2.5, abs=0.5)
