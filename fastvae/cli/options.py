@@ -22,6 +22,16 @@ METAVARS: dict[str, str | tuple[str, ...]] = {
     "ema_decay": "F",
     "out": "DIR",
 }
+# the groups of the help, each from this field on
+GROUPS = {
+    "data": "data",
+    "model": "model",
+    "beta": "loss",
+    "epochs": "length, batches and memory",
+    "lr": "optimizer",
+    "amp": "machine",
+    "out": "run",
+}
 NUMBERS_OF_VALUES: dict[str, str | int] = {"hidden": "+", "logvar_clamp": 2}
 
 
@@ -30,7 +40,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> list[str]:
 
     A field that is None or a boolean by default has a --no-NAME too. Returns the flags.
     """
-    parser.add_argument(
+    group: argparse._ActionsContainer = parser
+    group.add_argument(
         "--config",
         metavar="FILE",
         default=argparse.SUPPRESS,
@@ -39,18 +50,20 @@ def add_train_options(parser: argparse.ArgumentParser) -> list[str]:
     )
     flags = ["--config"]
     for name, field in TrainConfig.model_fields.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
         flag, text = _flag(name), (field.description or "").replace("%", "%%")
         flags.append(flag)
         off = _off_flag(name)
         if off is not None:
             flags.append(off)
         if field.annotation is bool:
-            parser.add_argument(
+            group.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
             continue
         if off is not None:  # not in the help, which would double
-            parser.add_argument(
+            group.add_argument(
                 off,
                 dest=name,
                 action="store_const",
@@ -59,7 +72,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> list[str]:
                 help=argparse.SUPPRESS,
             )
         choices = _choices(field.annotation)
-        parser.add_argument(
+        group.add_argument(
             flag,
             metavar=METAVARS.get(name) or "|".join(choices) or "N",
             nargs=NUMBERS_OF_VALUES.get(name),

@@ -28,7 +28,11 @@ EVALUATED = 256  # data at a time; no result depends on it
 def add_command(commands: Any) -> None:
     """Add `train` to argparse's subcommands."""
     parser = commands.add_parser(
-        "train", help="train a VAE", description="Train a VAE and leave a run folder.", allow_abbrev=False
+        "train",
+        usage="%(prog)s [options]",  # of which there are too many for a line each
+        help="train a VAE",
+        description="Train a VAE and leave a run folder.",
+        allow_abbrev=False,
     )
     flags = add_train_options(parser)
     parser.add_argument(
