@@ -5,6 +5,7 @@ step) and its row in the global batch, of which each rank says where its own par
 """
 
 import copy
+import gc
 import tempfile
 
 import torch
@@ -53,6 +54,7 @@ def run(rank: int, store: str) -> None:
         train(alone, digits)
         print(f"largest change of a weight in training: {distance(together, initial):.1e}")
         print(f"largest difference of a weight, two ranks and one process: {distance(together, alone):.1e}")
+    gc.collect()  # DistributedDataParallel holds the process group in a cycle of references
     dist.destroy_process_group()
 
 
