@@ -51,7 +51,13 @@ const InstructionSet& find(const std::optional<std::string>& name) {
     return *found;
 }
 
-void elbo(
+// One call, its arguments checked, and the instruction set that is to run it.
+struct Call {
+    Elbo call;
+    const InstructionSet& isa;
+};
+
+Call checked_call(
     bool real64, const std::array<std::int64_t, 4>& extents, int threads, int likelihood, bool half, bool per_sample,
     std::optional<std::pair<double, double>> clamp, std::optional<double> free_bits,
     const std::array<double, 5>& factors, const py::object& x_hat,
@@ -106,9 +112,44 @@ void elbo(
     call.g_logvar = pointer(gradients[2]);
     call.g_kl = pointer(gradients[3]);
     call.g_log_variance = pointer(gradients[4]);
-    const InstructionSet& isa = find(instruction_set);
+    return {call, find(instruction_set)};
+}
+
+void run_call(const Call& call) {
     const py::gil_scoped_release release;
-    run(call, isa);
+    run(call.call, call.isa);
+}
+
+template <class... Arguments>
+auto run_once(Call (*make)(Arguments...)) {
+    return [make](Arguments... arguments) { run_call(make(std::forward<Arguments>(arguments)...)); };
+}
+
+// Run a call with its tensors in other memory, given in the order of Elbo's fields.
+void run_again(
+    const Call& plan, const std::array<Address, 22>& addresses, std::optional<std::int64_t> seed, double beta,
+    double log_variance) {
+    Elbo call = plan.call;
+    std::size_t next = 0;
+    const auto place = [&]<class T>(T*& field) {
+        const Address address = addresses[next++];
+        if ((address == 0) != (field == nullptr))
+            throw std::invalid_argument("addresses: got another set of tensors than the call was made of");
+        field = pointer<T>(address);
+    };
+    for (View* given : {&call.x_hat, &call.x, &call.mu, &call.logvar}) place(given->data);
+    for (const void** given : {&call.kl, &call.weight, &call.beta_latents}) place(*given);
+    for (void** value : {&call.loss, &call.recon, &call.kl_term, &call.z, &call.kl_rows}) place(*value);
+    for (PerRow* given : {&call.g_loss, &call.g_recon, &call.g_kl_term}) place(given->data);
+    place(call.g_z.data);
+    place(call.g_kl_rows.data);
+    for (void** gradient : {&call.g_x_hat, &call.g_mu, &call.g_logvar, &call.g_kl, &call.g_log_variance})
+        place(*gradient);
+    if (seed) call.seed = static_cast<std::uint64_t>(*seed);
+    call.beta = beta;
+    call.log_variance = log_variance;
+    const py::gil_scoped_release release;
+    run(call, plan.isa);
 }
 
 std::array<std::uint32_t, 4> philox_block(
@@ -144,14 +185,24 @@ std::pair<py::array_t<float>, py::array_t<float>> box_muller_arrays(const WordAr
 }  // namespace
 
 void bind_elbo(py::module_& m) {
-    m.def(
-        "elbo", &elbo, py::arg("real64"), py::arg("extents"), py::arg("threads"), py::arg("likelihood"),
-        py::arg("half"), py::arg("per_sample"), py::arg("clamp"), py::arg("free_bits"), py::arg("factors"), py::arg("x_hat"), py::arg("x"),
+    const auto define = [&](auto... arguments) {
+        m.def(
+            "elbo", run_once(&checked_call), arguments...,
+            "One call of the ELBO on CPU tensors; see csrc/elbo.hpp for the meaning of each argument. Addresses are\n"
+            "integers, 0 or None for what is not given. extents: samples, batch, features, latents. factors:\n"
+            "recon_scale, kl_scale, beta, log_variance, constant. noise: seed, offset, first_row.");
+        py::class_<Call>(m, "ELBOCall", "A call of `elbo` that is made again and again.")
+            .def(py::init(&checked_call), arguments...)
+            .def(
+                "run_again", &run_again, py::arg("addresses"), py::arg("seed"), py::arg("beta"), py::arg("log_variance"),
+                "Run it with its tensors in other memory: the addresses of inputs, values, upstream gradients and\n"
+                "gradients, 0 where there was none.");
+    };
+    define(
+        py::arg("real64"), py::arg("extents"), py::arg("threads"), py::arg("likelihood"), py::arg("half"),
+        py::arg("per_sample"), py::arg("clamp"), py::arg("free_bits"), py::arg("factors"), py::arg("x_hat"), py::arg("x"),
         py::arg("mu"), py::arg("logvar"), py::arg("kl"), py::arg("weight"), py::arg("beta_latents"), py::arg("noise"),
-        py::arg("values"), py::arg("upstream"), py::arg("gradients"), py::arg("instruction_set") = py::none(),
-        "One call of the ELBO on CPU tensors; see csrc/elbo.hpp for the meaning of each argument. Addresses are\n"
-        "integers, 0 or None for what is not given. extents: samples, batch, features, latents. factors:\n"
-        "recon_scale, kl_scale, beta, log_variance, constant. noise: seed, offset, first_row.");
+        py::arg("values"), py::arg("upstream"), py::arg("gradients"), py::arg("instruction_set") = py::none());
     m.def(
         "philox", &philox_block, py::arg("counter"), py::arg("key"),
         "The four words of one block of Philox4x32-10, as the operators use it.");

@@ -32,6 +32,35 @@ def elbo(
     instruction_set: str | None = None,
 ) -> None: ...
 
+class ELBOCall:
+    def __init__(
+        self,
+        real64: bool,
+        extents: Sequence[int],
+        threads: int,
+        likelihood: int,
+        half: bool,
+        per_sample: bool,
+        clamp: tuple[float, float] | None,
+        free_bits: float | None,
+        factors: Sequence[float],
+        x_hat: _View,
+        x: _View,
+        mu: _View,
+        logvar: _View,
+        kl: int,
+        weight: int,
+        beta_latents: int,
+        noise: Sequence[int] | None,
+        values: Sequence[int],
+        upstream: tuple[_PerRow, _PerRow, _PerRow, _View, _PerRow] | None,
+        gradients: Sequence[int],
+        instruction_set: str | None = None,
+    ) -> None: ...
+    def run_again(
+        self, addresses: Sequence[int], seed: int | None, beta: float, log_variance: float
+    ) -> None: ...
+
 class Buffer:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 

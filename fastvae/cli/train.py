@@ -70,7 +70,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
 
     given = None if config.out is None else Path(config.out)
     ranks.from_first(lambda: open_run(given, config.overwrite, resume))
-    choose_device(config.device)
+    device, _ = choose_device(config.device)
     if config.tensorboard:
         check_tensorboard()
     own = own_class(config)
@@ -83,7 +83,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     config = config.replace(
         data=config.data or data.name, likelihood=likelihood_of_run(config, data.name, own), out=str(out)
     )
-    train, val, test = _loaders(config, data)
+    train, val, test = _loaders(config, data, on_gpu=device.type != "cpu")
     torch.manual_seed(config.seed)
     model, latent_shape = build_model(config, own, val)
     config = config.replace(latent_dim=math.prod(latent_shape))
@@ -147,7 +147,9 @@ def _options_of_run(arguments: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_toml(options).replace(out=str(folder), **given)
 
 
-def _loaders(config: TrainConfig, data: Dataset) -> tuple[DataLoader, DataLoader, DataLoader | None]:
+def _loaders(
+    config: TrainConfig, data: Dataset, on_gpu: bool
+) -> tuple[DataLoader, DataLoader, DataLoader | None]:
     """The loaders of training, validation and test data."""
     from ..data import DataLoader, open_source, split
 
@@ -163,9 +165,17 @@ def _loaders(config: TrainConfig, data: Dataset) -> tuple[DataLoader, DataLoader
         for source in (data.train, val_source, data.test):
             if source is not None:
                 _check_unit_interval(source)
-    train = DataLoader(data.train, config.batch_size, shuffle=True, seed=config.seed, indices=train_rows)
-    val = DataLoader(val_source, EVALUATED, indices=val_rows)
-    test = None if data.test is None else DataLoader(data.test, EVALUATED)
+    workers = _workers(data.train, on_gpu)
+    train = DataLoader(
+        data.train,
+        config.batch_size,
+        shuffle=True,
+        seed=config.seed,
+        num_workers=workers,
+        indices=train_rows,
+    )
+    val = DataLoader(val_source, EVALUATED, num_workers=workers, indices=val_rows)
+    test = None if data.test is None else DataLoader(data.test, EVALUATED, num_workers=workers)
     if val.item_shape != train.item_shape:
         raise ConfigError("val", f"got {config.val} with items of {_shape(val)}, expected {_shape(train)}")
     if config.model == "conv" and len(train.item_shape) != 3:
@@ -180,6 +190,13 @@ def _print_data(data: Dataset, train: DataLoader, val: DataLoader, test: DataLoa
     loaders = {"training": train, "validation": val} | ({} if test is None else {"test": test})
     sizes = ", ".join(f"{loader.n_samples:,} for {use}" for use, loader in loaders.items())
     print(f"data: {data.name}, items of {_shape(train)}, {sizes}")
+
+
+def _workers(source: Source, on_gpu: bool) -> int | None:
+    """No thread where the cores compute already and no disk is to be waited for."""
+    import numpy as np
+
+    return None if on_gpu or isinstance(source.x, np.memmap) else 0
 
 
 def _check_unit_interval(source: Source) -> None:

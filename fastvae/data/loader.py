@@ -34,7 +34,8 @@ class DataLoader:
     batch_size: samples a batch, at least 1.
     seed: of the shuffling, 0 <= seed < 2**64.
     drop_last: leave out a last batch smaller than batch_size.
-    num_workers: threads; 0 gathers in the calling thread, None is half of this process's cores and at most 4.
+    num_workers: threads; 0 gathers in the calling thread, which is best for data in memory where all cores
+        compute; None is half of this process's cores and at most 4.
     indices: int64 [M], the samples to use (others are left out); all of them by default.
     rank, world_size: of several processes, each with its rows of every batch (see `set_rank`).
 

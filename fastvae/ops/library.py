@@ -104,62 +104,74 @@ def _split(value: float | Tensor) -> tuple[Any, float]:
     return (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
 
 
-def bind(op: Any, arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def plan(op: Any, arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """An op's implementation as a function of the tensors among its arguments alone, and these.
 
-    Without dispatcher and gradient, and with all else prepared: for calls that differ in their tensors.
+    Without dispatcher and gradient, and with all else prepared: for calls with tensors like these in all but
+    memory.
     """
+    from . import native
+
+    if op is not _OPS.draw_seed.default:
+        call, tensors = _Call.of(arguments)
+        inputs, upstream = call.split(tensors)
+        if call.kernels is native and native.Plan.serves(inputs, upstream):
+            planned = native.Plan(inputs, call.spec, call.extents, upstream, call.needs)
+            return lambda *others: planned(*call.split(others)), tensors
+    return _bind(op, arguments)
+
+
+def _bind(op: Any, arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """An op's implementation as a function of the tensors among its arguments, and these."""
     if op is _OPS.draw_seed.default:
         return _draw_seed, arguments
-    tensors, (beta, log_scale, extents, *choices) = arguments[:_TENSORS], arguments[_TENSORS:_ARGUMENTS]
-    rest = arguments[_ARGUMENTS:]
-    if choices[4] is not None:  # logvar_clamp
-        choices[4] = tuple(choices[4])
-    call = _Call(_kernels(tensors), beta, log_scale, Extents(*extents), Spec(*choices), rest[-1:])
-    if op is _OPS.backward.default:
-        return call.backward, (*tensors, *rest[:-1])
-    return call.forward if op is _OPS.forward.default else call.forward_and_gradients, tensors
+    call, tensors = _Call.of(arguments)
+    return call.run, tensors
 
 
 class _Call:
     """What of an op's arguments is no tensor."""
 
     def __init__(
-        self,
-        kernels: ModuleType,
-        beta: float,
-        log_scale: float,
-        extents: Extents,
-        spec: Spec,
-        needs: tuple[list[bool], ...],
+        self, kernels: ModuleType, beta: float, log_scale: float, extents: Extents, spec: Spec, needs: Any
     ) -> None:
-        self.kernels, self.beta, self.log_scale, self.extents, self.spec = (
-            kernels,
-            beta,
-            log_scale,
-            extents,
-            spec,
-        )
-        self.needs = Needs(*needs[0]) if needs else None
+        self.kernels, self.extents, self.spec = kernels, extents, spec
+        self.beta, self.log_scale = beta, log_scale
+        self.needs = None if needs is None else Needs(*needs)
 
-    def forward(self, *tensors: Any) -> list[Tensor]:
-        return _given(self.kernels.forward(self._inputs(tensors), self.spec, self.extents))
+    @classmethod
+    def of(cls, arguments: tuple[Any, ...]) -> tuple[_Call, tuple[Any, ...]]:
+        """The call, and its tensors."""
+        tensors, (beta, log_scale, extents, *choices) = arguments[:_TENSORS], arguments[_TENSORS:_ARGUMENTS]
+        rest = arguments[_ARGUMENTS:]
+        if choices[4] is not None:  # logvar_clamp
+            choices[4] = tuple(choices[4])
+        needs = rest[-1] if rest else None
+        call = cls(_kernels(tensors), beta, log_scale, Extents(*extents), Spec(*choices), needs)
+        return call, (*tensors, *rest[:-1])
 
-    def forward_and_gradients(self, *tensors: Any) -> list[Tensor]:
-        inputs = self._inputs(tensors)
-        values, gradients = self.kernels.forward_and_gradients(inputs, self.spec, self.extents, self.needs)
-        return _given((*values, *gradients))
-
-    def backward(self, *tensors: Any) -> list[Tensor]:
-        inputs, upstream = self._inputs(tensors[:_TENSORS]), Forward(*tensors[_TENSORS:])
-        return _given(self.kernels.backward(inputs, self.spec, self.extents, upstream, self.needs))
-
-    def _inputs(self, tensors: tuple[Any, ...]) -> Inputs:
-        x_hat, x, mu, logvar, kl, weight, beta, log_scale, seed = tensors
-        return Inputs(
+    def split(self, tensors: tuple[Any, ...]) -> tuple[Inputs, Forward | None]:
+        """Inputs and upstream gradients."""
+        x_hat, x, mu, logvar, kl, weight, beta, log_scale, seed, *upstream = tensors
+        inputs = Inputs(
             x_hat, x, mu, logvar, kl, weight,
             self.beta if beta is None else beta, self.log_scale if log_scale is None else log_scale, seed,
         )  # fmt: skip
+        return inputs, Forward(*upstream) if upstream else None
+
+    def run(self, *tensors: Any) -> list[Tensor]:
+        """What the op gives for these tensors."""
+        inputs, upstream = self.split(tensors)
+        given = inputs, self.spec, self.extents
+        made: Iterable[Tensor | None]
+        if upstream is not None:
+            made = self.kernels.backward(*given, upstream, self.needs)
+        elif self.needs is not None:
+            values, gradients = self.kernels.forward_and_gradients(*given, self.needs)
+            made = (*values, *gradients)
+        else:
+            made = self.kernels.forward(*given)
+        return [t for t in made if t is not None]
 
 
 def _kernels(tensors: tuple[Any, ...]) -> ModuleType:
@@ -171,13 +183,9 @@ def _kernels(tensors: tuple[Any, ...]) -> ModuleType:
     return kernels
 
 
-def _given(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
 def _implementation(op: Any) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
-        function, tensors = bind(op, arguments)
+        function, tensors = _bind(op, arguments)
         return function(*tensors)
 
     return run

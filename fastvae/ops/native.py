@@ -63,6 +63,61 @@ def backward(inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward, ne
     return gradients
 
 
+class Plan:
+    """A call to be made again and again, with tensors like those given: in nothing but their memory others.
+
+    upstream, needs: of `backward`; `forward_and_gradients` has needs alone, `forward` neither.
+    """
+
+    def __init__(
+        self, inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward | None, needs: Needs | None
+    ) -> None:
+        call = _Call(inputs, spec, extents)
+        values = call.outputs() if upstream is None else Forward()
+        gradients = Gradients() if needs is None else call.gradients(needs)
+        self._call = _native.ELBOCall(*call.arguments(values, upstream, gradients))
+        self._values, self._gradients = _Empty(values), _Empty(gradients)
+        self._has_seed = inputs.seed is not None
+
+    @staticmethod
+    def serves(inputs: Inputs, upstream: Forward | None) -> bool:
+        """Whether these tensors can be read where they lie."""
+        read = (*inputs[:6], *(upstream or ()))
+        number = not isinstance(inputs.beta, Tensor) or inputs.beta.numel() == 1
+        real = inputs.compute_dtype
+        vectors = (inputs.kl, inputs.weight, *(() if upstream is None else (*upstream[:3], upstream[4])))
+        return (
+            number
+            and all(t is None or t.is_contiguous() or (t.ndim == 2 and t.stride(1) == 1) for t in read)
+            and all(t is None or (t.dtype == real and t.is_contiguous()) for t in vectors)
+        )
+
+    def __call__(self, inputs: Inputs, upstream: Forward | None = None) -> list[Tensor]:
+        """The values and gradients that are made."""
+        made = [*self._values.tensors(), *self._gradients.tensors()]
+        tensors = (*inputs[:6], None, *made[:5], *(upstream or _NOTHING), *made[5:])
+        self._call.run_again(
+            [0 if t is None else t.data_ptr() for t in tensors],
+            int(inputs.seed) if self._has_seed and inputs.seed is not None else None,
+            float(inputs.beta),
+            float(inputs.log_scale),
+        )
+        return [t for t in made if t is not None]
+
+
+class _Empty:
+    """Makes uninitialised tensors like these."""
+
+    def __init__(self, tensors: Forward | Gradients) -> None:
+        self._kinds = [None if t is None else (t.shape, t.dtype, t.nbytes >= _POOLED) for t in tensors]
+
+    def tensors(self) -> list[Tensor | None]:
+        return [None if kind is None else _empty(*kind) for kind in self._kinds]
+
+
+_NOTHING = Forward()
+
+
 class _Call:
     """One call's arguments in the form of csrc/bind_elbo.cpp. It keeps alive what it points to."""
 
@@ -111,7 +166,7 @@ class _Call:
             if not needed:
                 return None
             if tensor.nbytes >= _POOLED:
-                return _pooled_like(tensor)
+                return _empty(tensor.shape, tensor.dtype, True)
             if tensor.is_contiguous():  # twice as fast, where every microsecond counts
                 return torch.empty_like(tensor, dtype=dtype)
             return torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
@@ -125,6 +180,10 @@ class _Call:
         )
 
     def run(self, values: Forward, upstream: Forward | None, gradients: Gradients) -> None:
+        _native.elbo(*self.arguments(values, upstream, gradients))
+
+    def arguments(self, values: Forward, upstream: Forward | None, gradients: Gradients) -> tuple[Any, ...]:
+        """Those of _native.elbo."""
         spec, extents = self.spec, self.extents
         samples, batch, features, latents = extents
         elements = max(samples * batch * features, samples * batch * latents)
@@ -137,7 +196,7 @@ class _Call:
                 self._view(upstream.z, samples, batch, latents),
                 self._per_row(upstream.kl_rows),
             )
-        _native.elbo(
+        return (
             self.dtype == torch.float64,
             extents,
             1 if elements < _ONE_THREAD_BELOW else torch.get_num_threads(),
@@ -187,10 +246,12 @@ class _Call:
         return rows.data_ptr(), rows.stride(0) if rows.ndim else 0
 
 
-def _pooled_like(tensor: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor in pooled memory, no view of another."""
-    flat = torch.frombuffer(_pool.take(tensor.nbytes), dtype=tensor.dtype)
-    return torch.empty(0, dtype=tensor.dtype).set_(flat.untyped_storage(), 0, tensor.shape)  # type: ignore[call-overload, no-any-return]
+def _empty(shape: torch.Size, dtype: torch.dtype, is_pooled: bool) -> Tensor:
+    """An uninitialised contiguous tensor, in pooled memory or in its own; no view of another."""
+    if not is_pooled:
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer(_pool.take(shape.numel() * dtype.itemsize), dtype=dtype)
+    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape)  # type: ignore[call-overload, no-any-return]
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -91,7 +91,7 @@ class _Recorder(TorchDispatchMode):
         elif not (func.is_view and not tensors):  # a view of a constant is a constant
             given = list(_tensors((args, kwargs)))
             if func in library.OPS:
-                func, args = library.bind(func, args)
+                func, args = library.plan(func, args)
             arguments = tree_map_only(Tensor, self._node, (args, dict(kwargs)))
             self._add_result(result, self._graph.call_function(func, *arguments), given)
         return result
