@@ -7,6 +7,8 @@ metrics too. The compiled opponent has compiled before it is timed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,9 +38,9 @@ def images() -> np.ndarray:
         return np.random.default_rng(0).integers(0, 256, (N, 784), dtype=np.uint8)
 
 
-def engine(images: np.ndarray, device: str) -> Callable[[], None]:
+def engine(images: np.ndarray, device: str, **options: Any) -> Callable[[], None]:
     """What `fastvae train --amp` runs: on a CPU it gathers between steps."""
-    config = TrainConfig(epochs=1, amp=True, device=device)
+    config = TrainConfig(epochs=1, amp=True, device=device, **options)
     loader = fastvae.DataLoader(images, BATCH, shuffle=True, num_workers=0 if device == "cpu" else None)
     model = fastvae.VAE.mlp((784,))
     return lambda: void(Trainer(model, loader, config=config).fit())
@@ -92,6 +94,31 @@ def by_hand(
     return epoch
 
 
+def bare_products(device: str) -> Callable[[], None]:
+    """The matrix products of an epoch's steps and nothing else, in the dtype of --amp: no step is faster."""
+    dtype, _ = choose_amp_dtype(torch.device(device), True)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    layers = [
+        (tensor(BATCH, n_in), tensor(n_out, n_in), tensor(BATCH, n_out))
+        for n_in, n_out in ((784, 400), (400, 40), (20, 400), (400, 784))
+    ]
+
+    def epoch() -> None:
+        for _ in range(N // BATCH):
+            for i, (x, weight, gradient) in enumerate(layers):
+                torch.mm(x, weight.t())
+                torch.mm(gradient.t(), x)
+                if i > 0:
+                    torch.mm(gradient, weight)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return epoch
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 @pytest.mark.parametrize("device", DEVICES)
 def test_bench_train(compare: Callable[..., None], images: np.ndarray, device: str) -> None:
@@ -108,7 +135,24 @@ def test_bench_train(compare: Callable[..., None], images: np.ndarray, device: s
             "torch.compile, amp, fused Adam, indexing": by_hand(
                 lambda: indexing(on_device), device, amp=True, fused=True, compiled=True
             ),
+            "the bare matrix products": bare_products(device),
         },
         rounds=ROUNDS,
+        samples=N,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bench_checkpoints(
+    compare: Callable[..., None], images: np.ndarray, device: str, tmp_path: Path
+) -> None:
+    often, once = ({"out": str(tmp_path / name), "overwrite": True} for name in ("often", "once"))
+    compare(
+        f"training an epoch of {N:,} on {device}, a checkpoint every 100 steps",
+        {
+            "fastvae --amp": engine(images, device, checkpoint_steps=100, **often),
+            "one at the end": engine(images, device, **once),
+        },
+        rounds=2 * ROUNDS,
         samples=N,
     )

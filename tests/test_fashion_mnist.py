@@ -16,7 +16,7 @@ from fastvae.cli import main
 from fastvae.data import DataError, Dataset, resolve, split
 from fastvae.inference.generate import sample
 
-SEEDS = (0, 1, 2)
+SEEDS = range(5)
 EPOCHS, BATCH, LATENTS = 10, 128, 20
 
 
@@ -86,8 +86,10 @@ def test_as_good_as_the_eager_twin(
         torch.manual_seed(seed)
         rows, _ = split(len(train), 0.1, seed)
         twins.append(EagerTwin().train_and_test(train[torch.from_numpy(rows)], test))
-    print(f"test loss: fastvae {ours}, eager twin {twins}")
-    assert np.mean(ours) <= np.mean(twins) + 0.2
+    difference = np.mean(ours) - np.mean(twins)
+    error = np.sqrt((np.var(ours, ddof=1) + np.var(twins, ddof=1)) / len(SEEDS))
+    print(f"test loss: fastvae {ours}, eager twin {twins}: {difference:+.3f}, standard error {error:.3f}")
+    assert abs(difference) <= 0.2
 
     # a classifier of real garments must recognise at least eight kinds among the samples
     labels = np.asarray(fashion.train.y)[:10_000]
