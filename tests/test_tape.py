@@ -140,6 +140,7 @@ def test_only_known_layers_are_recorded() -> None:
 
     assert is_recordable(fastvae.VAE.conv(ITEM, 3), fastvae.ELBOLoss())
     assert not is_recordable(nn.Sequential(Own()))
-    hooked = nn.Sequential(nn.Linear(2, 2))
-    hooked[0].register_forward_hook(lambda *_: None)
-    assert not is_recordable(hooked)
+    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        hooked = nn.Sequential(nn.Linear(2, 2))
+        getattr(hooked[0], f"register_{register}")(lambda *_: None)
+        assert not is_recordable(hooked)

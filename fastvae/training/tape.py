@@ -53,7 +53,8 @@ def is_recordable(*modules: nn.Module) -> bool:
     """
     return all(
         type(module).__module__.startswith(("torch.nn.", "fastvae."))
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not any((module._forward_pre_hooks, module._forward_hooks))
+        and not any((module._backward_pre_hooks, module._backward_hooks))
         for top in modules
         for module in top.modules()
     )
