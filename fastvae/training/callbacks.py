@@ -17,7 +17,8 @@ class Callback:
     """Override what you want to hear of, and give an instance to `Trainer(..., callbacks=[...])`.
 
     The training waits for each call. An error in one ends the training, which raises it. A callback that
-    draws from torch's generator changes what the training draws after it.
+    draws from torch's generator changes what the training draws after it. One that changes how the model
+    computes (its modes, its layers) does so from the next epoch on: the steps of an epoch may be recorded.
 
     Example:
         >>> class Wandb(fastvae.Callback):
