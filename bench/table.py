@@ -26,7 +26,9 @@ def table(results: dict[str, Any]) -> str:
     for row in rows:
         ours = [figure_of(row, name) for name in row["median_s"] if name not in row["ratio"]]
         for i, (figure, name) in enumerate(zip_longest(ours, row["ratio"], fillvalue="")):
-            line = [row["title"] if i == 0 else "", figure, name, f"{row['ratio'][name]:.1f}"]
+            ratio = row["ratio"][name]
+            shown = f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
+            line = [row["title"] if i == 0 else "", figure, name, shown]
             if with_memory:
                 line.append(memory_of(row, name))
             lines.append(line)
