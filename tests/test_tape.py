@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
 from fastvae.inference.evaluate import negative_elbo
@@ -144,3 +145,27 @@ def test_only_known_layers_are_recorded() -> None:
         hooked = nn.Sequential(nn.Linear(2, 2))
         getattr(hooked[0], f"register_{register}")(lambda *_: None)
         assert not is_recordable(hooked)
+
+
+def test_a_learned_beta_is_trained(seed: int) -> None:
+    torch.manual_seed(seed)
+    beta = nn.Parameter(torch.tensor(1.0))
+    step = TrainStep(fastvae.VAE.mlp(ITEM, (8,), 3), fastvae.ELBOLoss(beta=beta))
+    step(torch.rand(4, *ITEM))
+    assert beta.item() != 1
+
+
+@pytest.mark.parametrize("given", ["x", "weight", "beta", "mu"])
+def test_gradients_under_a_dispatch_mode(seed: int, given: str) -> None:
+    """As under torch's FlopCounterMode, which sees all operations."""
+    torch.manual_seed(seed)
+    tensors = {name: torch.randn(5, 3) for name in ("x_hat", "x", "mu", "logvar")}
+    tensors |= {"weight": torch.rand(5), "beta": torch.rand(())}
+    tensors[given].requires_grad_()
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(fastvae.elbo(**tensors).loss, tensors[given])[0]
+
+    with FlopCounterMode(display=False):
+        watched = gradient()
+    torch.testing.assert_close(watched, gradient())

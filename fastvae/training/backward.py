@@ -59,7 +59,8 @@ class Backward:
         self._backward = backward
         device = weights.flat.device.type
         self._autocast = torch.autocast(device, amp_dtype, enabled=amp_dtype != torch.float32)
-        as_written = accumulate > 1 or checkpoint_activations or extra is not None
+        learns_beta = isinstance(loss.beta, Tensor) and loss.beta.requires_grad  # by the reference's formula
+        as_written = accumulate > 1 or checkpoint_activations or extra is not None or learns_beta
         self._records = records and not as_written
         self.tapes: dict[Any, Tape] | None = None
         self.reset()
