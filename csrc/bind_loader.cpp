@@ -3,9 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -23,13 +21,6 @@ using Labels = py::array_t<std::int64_t, py::array::c_style>;
 
 std::string text(const py::handle& object) { return py::str(object); }
 
-Element element_of(const py::array& x) {
-    if (py::isinstance<py::array_t<std::uint8_t>>(x)) return Element::uint8;
-    if (py::isinstance<py::array_t<float>>(x)) return Element::float32;
-    if (py::isinstance<py::array_t<double>>(x)) return Element::float64;
-    throw py::type_error("x has dtype " + text(x.dtype()) + ", expected uint8, float32 or float64");
-}
-
 const std::int64_t* vector_of_int64(const std::optional<py::array>& array, const char* name) {
     if (!array) return nullptr;
     if (!py::isinstance<Labels>(*array) || array->ndim() != 1) {
@@ -42,38 +33,23 @@ const std::int64_t* vector_of_int64(const std::optional<py::array>& array, const
 void check_indices(const Table& table) {
     if (!table.indices) return;
     for (std::int64_t i = 0; i < table.n_samples; ++i) {
-        if (table.indices[i] < 0 || table.indices[i] >= table.n_rows) {
+        if (table.indices[i] < 0 || table.indices[i] >= table.rows->n_rows()) {
             throw py::value_error("indices[" + std::to_string(i) + "] is " + std::to_string(table.indices[i]) +
-                                  ", expected 0 <= index < " + std::to_string(table.n_rows) +
+                                  ", expected 0 <= index < " + std::to_string(table.rows->n_rows()) +
                                   ", the number of samples");
         }
     }
 }
 
-Table table_of(const py::array& x, const std::optional<py::array>& y, const std::optional<py::array>& indices,
-               bool channels_last) {
-    if (x.ndim() < 2 || !(x.flags() & py::array::c_style)) {
-        throw py::value_error("x has shape " + text(x.attr("shape")) +
-                              ", expected a contiguous array of at least 2 dimensions");
-    }
-    Table table{};
-    table.rows = static_cast<const std::byte*>(x.data());
-    table.element = element_of(x);
-    table.n_rows = x.shape(0);
-    table.channels = channels_last ? x.shape(x.ndim() - 1) : 1;
-    table.pixels = 1;
-    for (py::ssize_t d = 1; d < x.ndim(); ++d) table.pixels *= x.shape(d);
-    if (table.pixels == 0) {
-        throw py::value_error("x has shape " + text(x.attr("shape")) + ", expected at least one feature a sample");
-    }
-    table.pixels /= table.channels;
-    table.labels = vector_of_int64(y, "y");
-    if (y && y->shape(0) != table.n_rows) {
+Table table_of(std::shared_ptr<const Rows> rows, const std::optional<py::array>& y,
+               const std::optional<py::array>& indices) {
+    const std::int64_t n_rows = rows->n_rows();
+    Table table{std::move(rows), vector_of_int64(y, "y"), vector_of_int64(indices, "indices"),
+                indices ? indices->shape(0) : n_rows};
+    if (y && y->shape(0) != n_rows) {
         throw py::value_error("y has " + std::to_string(y->shape(0)) + " labels, expected one for each of the " +
-                              std::to_string(table.n_rows) + " samples of x");
+                              std::to_string(n_rows) + " samples of x");
     }
-    table.indices = vector_of_int64(indices, "indices");
-    table.n_samples = indices ? indices->shape(0) : table.n_rows;
     check_indices(table);
     return table;
 }
@@ -91,12 +67,6 @@ py::array array_over(const Batch& batch, T* data, std::vector<py::ssize_t> shape
     static_cast<void>(memory.release());
     return py::array_t<T>(std::move(shape), data, owner);
 }
-
-// What Python holds: the C++ loader with the shape that its flat rows have outside.
-struct PyLoader {
-    Loader loader;
-    std::vector<py::ssize_t> item_shape;
-};
 
 struct PyBatches {
     std::unique_ptr<Batches> batches;
@@ -116,37 +86,31 @@ struct PyBatches {
     }
 };
 
-PyLoader make_loader(const py::array& x, const std::optional<py::array>& y, const std::optional<py::array>& indices,
-                     std::vector<py::ssize_t> item_shape, bool channels_last, std::int64_t batch_size,
-                     bool drop_last, int workers) {
+std::unique_ptr<Loader> make_loader(std::shared_ptr<Rows> rows, const std::optional<py::array>& y,
+                                    const std::optional<py::array>& indices, std::int64_t batch_size, bool drop_last,
+                                    int workers) {
     if (batch_size < 1) {
         throw py::value_error("batch_size is " + std::to_string(batch_size) + ", expected at least 1");
     }
     if (workers < 0) throw py::value_error("workers is " + std::to_string(workers) + ", expected at least 0");
-    const Table table = table_of(x, y, indices, channels_last);
-    const auto features = std::accumulate(item_shape.begin(), item_shape.end(), py::ssize_t{1}, std::multiplies<>());
-    if (features != table.features()) {
-        throw py::value_error("item_shape has " + std::to_string(features) + " features, expected the " +
-                              std::to_string(table.features()) + " of a row of x");
-    }
-    return {Loader(table, batch_size, drop_last, workers), std::move(item_shape)};
+    return std::make_unique<Loader>(table_of(std::move(rows), y, indices), batch_size, drop_last, workers);
 }
 
-PyBatches start(PyLoader& self, std::uint64_t seed, std::uint64_t epoch, bool shuffle, std::int64_t first_batch,
+PyBatches start(Loader& self, std::uint64_t seed, std::uint64_t epoch, bool shuffle, std::int64_t first_batch,
                 std::int64_t rank, std::int64_t ranks) {
     if (rank < 0 || rank >= ranks) {
         throw py::value_error("rank is " + std::to_string(rank) + ", expected 0 <= rank < " +
                               std::to_string(ranks));
     }
-    if (first_batch < 0 || first_batch > self.loader.n_batches()) {
+    if (first_batch < 0 || first_batch > self.n_batches()) {
         throw py::value_error("first_batch is " + std::to_string(first_batch) + ", expected 0 to " +
-                              std::to_string(self.loader.n_batches()) + ", the batches of a pass");
+                              std::to_string(self.n_batches()) + ", the batches of a pass");
     }
+    const auto& item_shape = self.table().rows->item_shape();
     std::vector<py::ssize_t> shape{0};
-    shape.insert(shape.end(), self.item_shape.begin(), self.item_shape.end());
-    const Order order = order_of(self.loader.table().n_samples, seed, epoch, shuffle);
-    return {self.loader.start(order, first_batch, Share{rank, ranks}),
-            std::move(shape)};
+    shape.insert(shape.end(), item_shape.begin(), item_shape.end());
+    const Order order = order_of(self.table().n_samples, seed, epoch, shuffle);
+    return {self.start(order, Form{seed, epoch}, first_batch, Share{rank, ranks}), std::move(shape)};
 }
 
 py::array_t<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed, std::uint64_t epoch) {
@@ -168,11 +132,11 @@ void bind_loader(py::module_& m) {
         .def("__iter__", [](py::object self) { return self; })
         .def("__next__", &PyBatches::next, "x, float32 [B, *item_shape], or (x, y), y int64 [B].");
 
-    py::class_<PyLoader>(m, "Loader", "Gathers rows of x [N, ...] into float32 batches.")
-        .def(py::init(&make_loader), py::arg("x"), py::arg("y"), py::arg("indices"), py::kw_only(),
-             py::arg("item_shape"), py::arg("channels_last"), py::arg("batch_size"), py::arg("drop_last"), py::arg("workers"),
-             py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
-        .def("__len__", [](const PyLoader& self) { return self.loader.n_batches(); })
+    py::class_<Loader>(m, "Loader", "Gathers rows into float32 batches.")
+        .def(py::init(&make_loader), py::arg("rows"), py::arg("y"), py::arg("indices"), py::kw_only(),
+             py::arg("batch_size"), py::arg("drop_last"), py::arg("workers"), py::keep_alive<1, 2>(),
+             py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
+        .def("__len__", &Loader::n_batches)
         .def("start", &start, py::arg("seed"), py::arg("epoch"), py::arg("shuffle"), py::arg("first_batch"),
              py::arg("rank"), py::arg("ranks"), py::keep_alive<0, 1>(),
              "Starts the workers on a rank's rows of the batches of an epoch, from `first_batch` on.");

@@ -7,5 +7,6 @@ void bind_adam(pybind11::module_& m);
 void bind_buffers(pybind11::module_& m);
 void bind_elbo(pybind11::module_& m);
 void bind_loader(pybind11::module_& m);
+void bind_rows(pybind11::module_& m);
 
 }  // namespace fastvae

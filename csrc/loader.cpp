@@ -6,14 +6,11 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
-
-#include "rows.hpp"
 
 namespace fastvae {
 namespace {
@@ -27,7 +24,7 @@ std::size_t round_up(std::size_t value, std::size_t multiple) {
 }
 
 std::size_t x_bytes(const Table& table, std::int64_t batch_size) {
-    return round_up(static_cast<std::size_t>(batch_size * table.features()) * sizeof(float), kCacheLine);
+    return round_up(static_cast<std::size_t>(batch_size * table.rows->features()) * sizeof(float), kCacheLine);
 }
 
 class BufferError : public std::bad_alloc {
@@ -39,24 +36,6 @@ public:
 private:
     std::string what_;
 };
-
-std::size_t row_bytes(const Table& table) {
-    const auto features = static_cast<std::size_t>(table.features());
-    switch (table.element) {
-        case Element::uint8: return features;
-        case Element::float32: return features * sizeof(float);
-        case Element::float64: return features * sizeof(double);
-    }
-    return 0;
-}
-
-// The hardware follows a row once it has begun, but cannot guess where the next one lies.
-inline void prefetch(const std::byte* row, std::size_t bytes) {
-    constexpr std::size_t kEnough = 2048;
-    const std::byte* const end = row + std::min(bytes, kEnough);
-    for (; row < end; row += kCacheLine) __builtin_prefetch(row);
-    __builtin_prefetch(end - 1);
-}
 
 }  // namespace
 
@@ -106,26 +85,27 @@ struct Batches::State {
         bool ready = false;
     };
 
-    State(const Table& table_, const Order& order_, std::int64_t batch_size_, std::int64_t first_batch,
-          std::int64_t n_batches_, const Share& share_, int workers, std::shared_ptr<BufferPool> pool_)
+    State(const Table& table_, const Order& order_, const Form& form_, std::int64_t batch_size_,
+          std::int64_t first_batch, std::int64_t n_batches_, const Share& share_, int workers,
+          std::shared_ptr<BufferPool> pool_)
         : table(table_),
           order(order_),
+          form(form_),
           batch_size(batch_size_),
           n_batches(n_batches_),
           share(share_),
           pool(std::move(pool_)),
-          kernel(kernel_for(table_)),
           slots(static_cast<std::size_t>(2 * workers + 1)),
           claimed(first_batch),
           delivered(first_batch) {}
 
     const Table table;
     const Order order;
+    const Form form;
     const std::int64_t batch_size;
     const std::int64_t n_batches;
     const Share share;
     const std::shared_ptr<BufferPool> pool;
-    const RowKernel kernel;
 
     std::mutex mutex;
     std::condition_variable room;  // the workers wait for a free slot
@@ -174,19 +154,9 @@ struct Batches::State {
             for (std::int64_t& row : rows) row = table.indices[row];
         }
 
-        constexpr std::size_t kBytesAhead = 6144;
-        const std::size_t bytes = row_bytes(table);
-        const std::size_t ahead = std::clamp<std::size_t>(kBytesAhead / bytes + 1, 1, 16);
-        const auto row = [&](std::size_t i) { return table.rows + static_cast<std::size_t>(rows[i]) * bytes; };
-        for (std::size_t i = 0; i < std::min(ahead, rows.size()); ++i) prefetch(row(i), bytes);
-
         Batch batch{pool->take(), nullptr, nullptr, size};
         batch.x = reinterpret_cast<float*>(batch.memory.get());
-        const auto features = static_cast<std::size_t>(table.features());
-        for (std::size_t i = 0; i < rows.size(); ++i) {
-            if (i + ahead < rows.size()) prefetch(row(i + ahead), bytes);
-            kernel(row(i), batch.x + i * features, table.pixels);
-        }
+        table.rows->gather(rows.data(), size, form, batch.memory.get());
         if (table.labels) {
             batch.y = reinterpret_cast<std::int64_t*>(batch.memory.get() + x_bytes(table, batch_size));
             for (std::size_t i = 0; i < rows.size(); ++i) batch.y[i] = table.labels[rows[i]];
@@ -195,10 +165,11 @@ struct Batches::State {
     }
 };
 
-Batches::Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t first_batch,
-                 std::int64_t n_batches, const Share& share, int workers, std::shared_ptr<BufferPool> pool)
+Batches::Batches(const Table& table, const Order& order, const Form& form, std::int64_t batch_size,
+                 std::int64_t first_batch, std::int64_t n_batches, const Share& share, int workers,
+                 std::shared_ptr<BufferPool> pool)
     : process_(getpid()),
-      state_(std::make_shared<State>(table, order, batch_size, first_batch, n_batches, share, workers,
+      state_(std::make_shared<State>(table, order, form, batch_size, first_batch, n_batches, share, workers,
                                      std::move(pool))),
       threads_(std::make_unique<std::vector<std::thread>>()) {
     threads_->reserve(static_cast<std::size_t>(workers));
@@ -268,10 +239,12 @@ std::shared_ptr<BufferPool> Loader::make_pool() const {
     return std::make_shared<BufferPool>(bytes, static_cast<std::size_t>(3 * workers_ + 3));
 }
 
-std::unique_ptr<Batches> Loader::start(const Order& order, std::int64_t first_batch, const Share& share) {
+std::unique_ptr<Batches> Loader::start(const Order& order, const Form& form, std::int64_t first_batch,
+                                       const Share& share) {
     if (pool_->process() != getpid()) pool_ = make_pool();
     const auto workers = static_cast<int>(std::min<std::int64_t>(workers_, n_batches_ - first_batch));
-    return std::make_unique<Batches>(table_, order, batch_size_, first_batch, n_batches_, share, workers, pool_);
+    return std::make_unique<Batches>(table_, order, form, batch_size_, first_batch, n_batches_, share, workers,
+                                     pool_);
 }
 
 }  // namespace fastvae

@@ -1,4 +1,4 @@
-// Shuffled batches of rows, gathered and widened to float32 ahead of their consumer.
+// Shuffled batches of rows, gathered ahead of their consumer.
 #pragma once
 
 #include <sys/types.h>
@@ -12,23 +12,16 @@
 #include <vector>
 
 #include "order.hpp"
+#include "rows.hpp"
 
 namespace fastvae {
 
-enum class Element { uint8, float32, float64 };
-
 // What a loader reads. The arrays belong to the caller and must outlive the loader and its batches.
 struct Table {
-    const std::byte* rows;        // [n_rows, pixels, channels], contiguous
-    Element element;              // uint8 becomes x / 255
-    std::int64_t n_rows;
-    std::int64_t pixels;
-    std::int64_t channels;        // above 1, a row [pixels, channels] comes out as [channels, pixels]
-    const std::int64_t* labels;   // [n_rows], or null
-    const std::int64_t* indices;  // [n_samples] rows to read, each in [0, n_rows), or null for all rows
+    std::shared_ptr<const Rows> rows;
+    const std::int64_t* labels;   // [rows], or null
+    const std::int64_t* indices;  // [n_samples] rows to read, each of them there, or null for all rows
     std::int64_t n_samples;
-
-    std::int64_t features() const { return pixels * channels; }
 };
 
 // Equal pieces of aligned memory, recycled: a page that was touched once is not paid for again. A piece
@@ -84,7 +77,7 @@ private:
 // everything).
 class Batches {
 public:
-    Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t first_batch,
+    Batches(const Table& table, const Order& order, const Form& form, std::int64_t batch_size, std::int64_t first_batch,
             std::int64_t n_batches, const Share& share, int workers, std::shared_ptr<BufferPool> pool);
     ~Batches();
     Batches(const Batches&) = delete;
@@ -111,7 +104,8 @@ public:
 
     std::int64_t n_batches() const { return n_batches_; }
     const Table& table() const { return table_; }
-    std::unique_ptr<Batches> start(const Order& order, std::int64_t first_batch, const Share& share);
+    std::unique_ptr<Batches> start(const Order& order, const Form& form, std::int64_t first_batch,
+                                   const Share& share);
 
 private:
     std::shared_ptr<BufferPool> make_pool() const;

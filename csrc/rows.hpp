@@ -1,86 +1,91 @@
-// A row of the source as float32, its channels first: one source for every instruction set.
+// The samples that a loader reads, and how a batch of them is written.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
-
-#include "loader.hpp"
+#include <functional>
+#include <numeric>
+#include <utility>
+#include <vector>
 
 namespace fastvae {
-namespace {
 
-// x / 255, correctly rounded, without a division: 1/255 = 257/65536 + rest, an 8-bit x times 257/65536 is
-// exact in float32, so the sum rounds once; it does not matter whether the compiler fuses it.
-inline float widen(std::uint8_t x) {
-    constexpr double head = 257.0 / 65536.0;
-    constexpr double rest = 1.0 / 255.0 - head;
-    const auto v = static_cast<float>(static_cast<std::int32_t>(x));
-    return v * static_cast<float>(head) + v * static_cast<float>(rest);
-}
-inline float widen(float x) { return x; }
-inline float widen(double x) { return static_cast<float>(x); }
+enum class Element { uint8, float32, float64 };
 
-using RowKernel = void (*)(const std::byte* row, float* out, std::int64_t pixels);
+// What a batch is to be like, beside which rows are in it. Whatever is random in a row is a function of the two
+// keys and of the row's number, never of its place in the batch or of the thread.
+struct Form {
+    std::uint64_t seed = 0;
+    std::uint64_t epoch = 0;
+};
 
-// The one source of the row kernels, inlined into a function for each instruction set.
-template <typename T, int C>
-[[gnu::always_inline]] inline void convert(const std::byte* row, float* __restrict out, std::int64_t pixels) {
-    const T* __restrict x = reinterpret_cast<const T*>(row);
-    for (std::int64_t p = 0; p < pixels; ++p) {
-        for (int c = 0; c < C; ++c) out[c * pixels + p] = widen(x[p * C + c]);
+// Samples by number, each of `item_shape`. Immutable, so that any number of threads may gather from it.
+class Rows {
+public:
+    Rows(std::int64_t n_rows, std::vector<std::int64_t> item_shape)
+        : n_rows_(n_rows), item_shape_(std::move(item_shape)) {}
+    virtual ~Rows() = default;
+    Rows(const Rows&) = delete;
+    Rows& operator=(const Rows&) = delete;
+
+    std::int64_t n_rows() const { return n_rows_; }
+    const std::vector<std::int64_t>& item_shape() const { return item_shape_; }
+    std::int64_t features() const {
+        return std::accumulate(item_shape_.begin(), item_shape_.end(), std::int64_t{1}, std::multiplies<>());
     }
-}
 
-template <typename T, int C>
-void convert_baseline(const std::byte* row, float* out, std::int64_t pixels) {
-    convert<T, C>(row, out, pixels);
-}
+    // Writes rows[0], ..., rows[n - 1], each in [0, n_rows), one after another to `out`, float32 [n, features],
+    // which is aligned to a cache line. A RowWriter does it for one row that lies or was made somewhere.
+    virtual void gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const = 0;
 
-#if defined(__x86_64__)
-template <typename T, int C>
-[[gnu::target("avx2")]] void convert_avx2(const std::byte* row, float* out, std::int64_t pixels) {
-    convert<T, C>(row, out, pixels);
-}
+private:
+    const std::int64_t n_rows_;
+    const std::vector<std::int64_t> item_shape_;
+};
 
-template <typename T, int C>
-[[gnu::target("avx512f,avx512bw,avx512vl,prefer-vector-width=512")]] void convert_avx512(
-    const std::byte* row, float* out, std::int64_t pixels) {
-    convert<T, C>(row, out, pixels);
-}
-#endif
+// How a row lies in memory: [pixels, channels], which comes out as [channels, pixels].
+struct RowLayout {
+    Element element;  // uint8 becomes x / 255
+    std::int64_t pixels;
+    std::int64_t channels;
 
-template <typename T, int C>
-RowKernel best_kernel() {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl")) {
-        return convert_avx512<T, C>;
+    std::size_t bytes() const;
+};
+
+// Writes rows of a layout as a form asks for. Made for each batch; it costs nothing.
+class RowWriter {
+public:
+    // Throws std::invalid_argument for a number of channels other than 1, 3 and 4.
+    RowWriter(const RowLayout& layout, const Form& form);
+
+    // Row number `number`, which lies at `row`, to `out`.
+    void operator()(const std::byte* row, std::int64_t number, std::byte* out) const {
+        static_cast<void>(number);
+        kernel_(row, reinterpret_cast<float*>(out), pixels_);
     }
-    if (__builtin_cpu_supports("avx2")) return convert_avx2<T, C>;
-#endif
-    return convert_baseline<T, C>;
-}
+    // Bytes that a row takes at its destination.
+    std::size_t bytes() const { return bytes_; }
 
-template <typename T>
-RowKernel kernel_for(std::int64_t channels) {
-    switch (channels) {
-        case 1: return best_kernel<T, 1>();
-        case 3: return best_kernel<T, 3>();
-        case 4: return best_kernel<T, 4>();
-        default: throw std::invalid_argument("channels must be 1, 3 or 4, got " + std::to_string(channels));
-    }
-}
+    using Kernel = void (*)(const std::byte* row, float* out, std::int64_t pixels);
 
-RowKernel kernel_for(const Table& table) {
-    switch (table.element) {
-        case Element::uint8: return kernel_for<std::uint8_t>(table.channels);
-        case Element::float32: return kernel_for<float>(table.channels);
-        case Element::float64: return kernel_for<double>(table.channels);
-    }
-    throw std::invalid_argument("element type must be uint8, float32 or float64");
-}
+private:
+    Kernel kernel_;
+    std::int64_t pixels_;
+    std::size_t bytes_;
+};
 
-}  // namespace
+// The rows of an array. It belongs to the caller and must outlive this.
+class DenseRows final : public Rows {
+public:
+    DenseRows(const std::byte* data, const RowLayout& layout, std::int64_t n_rows,
+              std::vector<std::int64_t> item_shape)
+        : Rows(n_rows, std::move(item_shape)), data_(data), layout_(layout) {}
+
+    void gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const override;
+
+private:
+    const std::byte* const data_;
+    const RowLayout layout_;
+};
+
 }  // namespace fastvae

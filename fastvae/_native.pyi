@@ -98,15 +98,21 @@ class Batches(Iterator[Any]):
         self,
     ) -> npt.NDArray[np.float32] | tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]: ...
 
+class Rows:
+    @property
+    def item_shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+
+class DenseRows(Rows):
+    def __init__(self, x: npt.NDArray[Any], *, item_shape: Sequence[int], channels_last: bool) -> None: ...
+
 class Loader:
     def __init__(
         self,
-        x: npt.NDArray[Any],
+        rows: Rows,
         y: npt.NDArray[np.int64] | None,
         indices: npt.NDArray[np.int64] | None,
         *,
-        item_shape: Sequence[int],
-        channels_last: bool,
         batch_size: int,
         drop_last: bool,
         workers: int,

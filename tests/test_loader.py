@@ -12,7 +12,7 @@ from processes import run_python
 
 from fastvae import _native
 from fastvae.data.loader import DataLoader
-from fastvae.data.sources import Source
+from fastvae.data.sources import ArraySource
 
 MASK64 = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -182,7 +182,7 @@ def test_sources_of_every_kind_agree(tmp_path: Path, rng: np.random.Generator) -
     x = rng.integers(0, 256, (30, 5, 6), dtype=np.uint8)
     np.save(tmp_path / "x.npy", x)
     path = tmp_path / "x.npy"
-    for kind in (x, torch.from_numpy(x), np.asfortranarray(x), Source(x), path, str(path)):
+    for kind in (x, torch.from_numpy(x), np.asfortranarray(x), ArraySource(x), path, str(path)):
         got = torch.cat(list(DataLoader(kind, 7)))
         assert got.shape == (30, 1, 5, 6)
         assert torch.equal(got, torch.from_numpy(x)[:, None].float() / 255)
@@ -398,4 +398,4 @@ def test_bad_epoch_and_source() -> None:
     with pytest.raises(TypeError, match="source is a dict, expected a Source"):
         DataLoader({"x": 1}, 2)
     with pytest.raises(TypeError, match="x has dtype int32, expected uint8, float32 or float64"):
-        DataLoader(Source(np.zeros((3, 2), np.int32)), 2)
+        DataLoader(ArraySource(np.zeros((3, 2), np.int32)), 2)

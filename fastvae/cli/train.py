@@ -194,15 +194,11 @@ def _print_data(data: Dataset, train: DataLoader, val: DataLoader, test: DataLoa
 
 def _workers(source: Source, on_gpu: bool) -> int | None:
     """No thread where the cores compute already and no disk is to be waited for."""
-    import numpy as np
-
-    return None if on_gpu or isinstance(source.x, np.memmap) else 0
+    return 0 if source.in_memory and not on_gpu else None
 
 
 def _check_unit_interval(source: Source) -> None:
-    if source.x.dtype.kind != "f":
-        return
-    low, high = float(source.x.min()), float(source.x.max())
+    low, high = source.value_range()
     if low < 0 or high > 1:
         found = f"{source.name} with values from {low:g} to {high:g}"
         raise ConfigError("likelihood", f"got bernoulli for {found}, expected values in [0, 1]")

@@ -1,10 +1,11 @@
-"""Data: sources that open anything as arrays, datasets by name, and the loader."""
+"""Data: sources that open anything as rows, datasets by name, and the loader."""
 
 from .datasets import Dataset, resolve, split
 from .loader import DataLoader
-from .sources import DataError, Source, as_source, open_source, source_from_arrays
+from .sources import ArraySource, DataError, Source, as_source, open_source, source_from_arrays
 
 __all__ = [
+    "ArraySource",
     "DataError",
     "DataLoader",
     "Dataset",

@@ -66,11 +66,9 @@ class DataLoader:
         chosen = None if indices is None else _indices(indices)
         self._n_samples = self._source.n_samples if chosen is None else len(chosen)
         self._native = _native.Loader(
-            self._source.x,
+            self._source.rows(),
             self._source.y,
             chosen,
-            item_shape=self._source.item_shape,
-            channels_last=self._source.channels_last,
             batch_size=self.batch_size,
             drop_last=self.drop_last,
             workers=self.num_workers,

@@ -1,7 +1,7 @@
-"""Sources: anything with samples, opened as arrays in rows.
+"""Sources: anything with samples, opened as rows that the loader reads.
 
-A source is what a loader reads: `x` of shape [N, ...], `y` of shape [N] where there are labels. Pixels are
-uint8 and mean x / 255; everything else is floating point and taken as it is.
+Most are arrays: `x` of shape [N, ...], `y` of shape [N] where there are labels. Pixels are uint8 and mean
+x / 255; everything else is floating point and taken as it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import struct
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -20,6 +21,8 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from .. import _native
 
 Array: TypeAlias = npt.NDArray[Any]
 SourceLike: TypeAlias = "Source | Array | torch.Tensor | tuple[Any, Any] | str | os.PathLike[str]"
@@ -37,13 +40,55 @@ class DataError(ValueError):
     """Data that cannot be used; the message is one line: what, what was got, what was expected."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Samples in rows.
+class Source(ABC):
+    """Samples by number, and native code that makes batches of them.
 
-    x: [N, ...], C-contiguous uint8 (used as x / 255), float32 or float64, possibly memory-mapped.
     y: int64 [N], or None without labels.
     name: what messages call it.
+    """
+
+    y: npt.NDArray[np.int64] | None
+    name: str
+
+    @property
+    @abstractmethod
+    def n_samples(self) -> int:
+        """N."""
+
+    @property
+    @abstractmethod
+    def item_shape(self) -> tuple[int, ...]:
+        """Shape of a sample in a batch, [C, H, W] for images."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype[Any]:
+        """Of the samples as they are kept: uint8, which means x / 255, or a floating point type."""
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether batches are (x, y)."""
+        return self.y is not None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no disk is waited for."""
+        return True
+
+    @abstractmethod
+    def value_range(self) -> tuple[float, float]:
+        """The smallest and the largest value in a batch, or bounds of them; may read all data."""
+
+    @abstractmethod
+    def rows(self) -> _native.Rows:
+        """What a native loader reads, with `n_samples` rows of `item_shape`."""
+
+
+@dataclass(frozen=True)
+class ArraySource(Source):
+    """Samples in the rows of an array.
+
+    x: [N, ...], C-contiguous uint8 (used as x / 255), float32 or float64, possibly memory-mapped.
     channels_last: x is [N, H, W, C] and its samples come out as [C, H, W].
     """
 
@@ -66,12 +111,28 @@ class Source:
         return (1, *shape) if len(shape) == 2 else shape
 
     @property
-    def has_labels(self) -> bool:
-        """Whether batches are (x, y)."""
-        return self.y is not None
+    def dtype(self) -> np.dtype[Any]:
+        """That of x."""
+        return self.x.dtype
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether x is not a memory-mapped file."""
+        array: Any = self.x
+        while array is not None and not isinstance(array, np.memmap):
+            array = getattr(array, "base", None)
+        return array is None
+
+    def value_range(self) -> tuple[float, float]:
+        """[0, 1] for uint8, whatever is in it; else the smallest and the largest value of x."""
+        return (0.0, 1.0) if self.x.dtype == np.uint8 else (float(self.x.min()), float(self.x.max()))
+
+    def rows(self) -> _native.Rows:
+        """The rows of x."""
+        return _native.DenseRows(self.x, item_shape=self.item_shape, channels_last=self.channels_last)
 
 
-def source_from_arrays(x: Array, y: Array | None = None, name: str = "array") -> Source:
+def source_from_arrays(x: Array, y: Array | None = None, name: str = "array") -> ArraySource:
     """A source over arrays in memory or memory-mapped, checked, and copied only where its dtype asks for it.
 
     x [N, D] gives samples [D]; [N, H, W] gives [1, H, W]; [N, H, W, C] and [N, C, H, W] with C in (1, 3, 4)
@@ -87,7 +148,7 @@ def source_from_arrays(x: Array, y: Array | None = None, name: str = "array") ->
     if x.dtype != np.uint8:
         _check_finite(x, name)
     labels = None if y is None else _labels(y, x.shape[0], name)
-    return Source(x, labels, name, channels_last=_is_channels_last(x.shape))
+    return ArraySource(x, labels, name, channels_last=_is_channels_last(x.shape))
 
 
 def as_source(data: SourceLike) -> Source:

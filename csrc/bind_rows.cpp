@@ -1,0 +1,64 @@
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings.hpp"
+#include "rows.hpp"
+
+namespace py = pybind11;
+
+namespace fastvae {
+namespace {
+
+std::string text(const py::handle& object) { return py::str(object); }
+
+Element element_of(const py::array& x) {
+    if (py::isinstance<py::array_t<std::uint8_t>>(x)) return Element::uint8;
+    if (py::isinstance<py::array_t<float>>(x)) return Element::float32;
+    if (py::isinstance<py::array_t<double>>(x)) return Element::float64;
+    throw py::type_error("x has dtype " + text(x.dtype()) + ", expected uint8, float32 or float64");
+}
+
+std::shared_ptr<DenseRows> make_dense_rows(const py::array& x, std::vector<std::int64_t> item_shape,
+                                           bool channels_last) {
+    if (x.ndim() < 2 || !(x.flags() & py::array::c_style)) {
+        throw py::value_error("x has shape " + text(x.attr("shape")) +
+                              ", expected a contiguous array of at least 2 dimensions");
+    }
+    std::int64_t features = 1;
+    for (py::ssize_t d = 1; d < x.ndim(); ++d) features *= x.shape(d);
+    if (features == 0) {
+        throw py::value_error("x has shape " + text(x.attr("shape")) + ", expected at least one feature a sample");
+    }
+    const std::int64_t channels = channels_last ? x.shape(x.ndim() - 1) : 1;
+    if (channels != 1 && channels != 3 && channels != 4) {
+        throw py::value_error("x has " + std::to_string(channels) + " channels, expected 1, 3 or 4 where they are last");
+    }
+    const RowLayout layout{element_of(x), features / channels, channels};
+    auto rows = std::make_shared<DenseRows>(static_cast<const std::byte*>(x.data()), layout, x.shape(0),
+                                            std::move(item_shape));
+    if (rows->features() != features) {
+        throw py::value_error("item_shape has " + std::to_string(rows->features()) + " features, expected the " +
+                              std::to_string(features) + " of a row of x");
+    }
+    return rows;
+}
+
+}  // namespace
+
+void bind_rows(py::module_& m) {
+    py::class_<Rows, std::shared_ptr<Rows>>(m, "Rows", "Samples by number, of which a Loader makes batches.")
+        .def("__len__", &Rows::n_rows)
+        .def_property_readonly("item_shape", [](const Rows& rows) { return py::tuple(py::cast(rows.item_shape())); });
+
+    py::class_<DenseRows, Rows, std::shared_ptr<DenseRows>>(m, "DenseRows", "The rows of an array [N, ...].")
+        .def(py::init(&make_dense_rows), py::arg("x"), py::kw_only(), py::arg("item_shape"),
+             py::arg("channels_last"), py::keep_alive<1, 2>());
+}
+
+}  // namespace fastvae
