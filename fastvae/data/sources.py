@@ -6,11 +6,14 @@ x / 255; everything else is floating point and taken as it is.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import math
 import os
+import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -23,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from .. import _native
+from .memory import TOO_LARGE, available_memory
 
 Array: TypeAlias = npt.NDArray[Any]
 SourceLike: TypeAlias = "Source | Array | torch.Tensor | tuple[Any, Any] | str | os.PathLike[str]"
@@ -32,12 +36,21 @@ Y_KEYS = ("y", "labels", "targets")
 EXTENSIONS = ".npy, .npz, IDX (.gz or not) or a folder of IDX files"
 _IMAGE_CHANNELS = (1, 3, 4)
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_NPY_VERSIONS = ((1, 0), (2, 0), (3, 0))
+_NPZ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DEFLATE_LIMIT = 1032  # no deflate stream grows by more than this
+_MAX_DIMS = 32  # of an array, in every version of NumPy
+_MAX_HEADER = 1 << 16  # bytes of a .npy header, which NumPy reads as Python
+_READ_BYTES = 1 << 20
 _SCAN_BYTES = 1 << 26
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message is one line: what, what was got, what was expected."""
+
+    def __init__(self, message: str) -> None:
+        # a file's name may hold line breaks, control characters and bytes that are not text
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class Source(ABC):
@@ -173,7 +186,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     A .npz holds samples under one of X_KEYS and may hold labels under one of Y_KEYS. Raises DataError.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return open_idx_folder(path, "train")
     with _opened(path) as stream:
         start = stream.read(4)
@@ -233,6 +246,8 @@ def _read_idx(stream: io.BufferedIOBase, room: int, path: Path) -> Array:
 
 
 def _bytes_of(shape: tuple[int, ...], dtype: np.dtype[Any], name: object) -> int:
+    if len(shape) > _MAX_DIMS:
+        raise DataError(f"{name}: {len(shape)} dimensions, expected at most {_MAX_DIMS}")
     if min(shape, default=1) < 1:
         raise DataError(f"{name}: shape {list(shape)} is empty, expected at least one sample and one feature")
     return math.prod(shape) * dtype.itemsize
@@ -246,10 +261,15 @@ def _read_array(
     promised = f"its header says shape {list(shape)}, {expected} bytes"
     if expected > room:
         raise DataError(f"{name}: truncated: {promised}, but the file can hold no more than {room}")
-    array = np.empty(shape, dtype)
+    if expected > (memory := available_memory()):
+        raise DataError(f"{name}: {promised}, more than the {memory} that are free; {TOO_LARGE}")
+    try:
+        array = np.empty(shape, dtype)
+    except MemoryError as error:
+        raise DataError(f"{name}: {promised}, more than there is; {TOO_LARGE}") from error
     got = 0
     view = memoryview(array.reshape(-1).view(np.uint8).data)
-    while got < expected and (count := stream.readinto(view[got:])):
+    while got < expected and (count := stream.readinto(view[got : got + _READ_BYTES])):
         got += count
     if got < expected:
         raise DataError(f"{name}: truncated: {promised}, but {got} are there; fetch it again")
@@ -261,17 +281,27 @@ def _read_array(
 def _npy_header(stream: io.BufferedIOBase, name: object) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     try:
         version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+        if version not in _NPY_VERSIONS:
+            raise ValueError(f"of version {version}")
+        size = stream.read(2 if version == (1, 0) else 4)
+        if int.from_bytes(size, "little") > _MAX_HEADER:
+            raise ValueError(f"of {int.from_bytes(size, 'little')} bytes")
+        header = io.BytesIO(size + stream.read(int.from_bytes(size, "little")))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what NumPy reads as Python
+            if version == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
+            else:
+                shape, fortran, dtype = np.lib.format.read_array_header_2_0(header)
     except zipfile.BadZipFile:
         raise
     except Exception as error:  # NumPy reads the header as Python, which fails in many ways
-        raise DataError(f"{name}: not a .npy header ({' '.join(str(error).split())})") from error
+        raise DataError(f"{name}: not a .npy header ({' '.join(str(error).split())[:200]})") from error
     if dtype.hasobject:
         raise DataError(f"{name}: dtype object, which is pickled and never loaded; save numbers instead")
-    return shape, fortran, dtype
+    if dtype.subdtype or dtype.names or dtype.itemsize == 0:
+        raise DataError(f"{name}: dtype {str(dtype)[:200]}, expected one number a place; save a plain array")
+    return tuple(map(int, shape)), fortran, dtype
 
 
 def _map_npy(path: Path) -> Array:
@@ -283,7 +313,10 @@ def _map_npy(path: Path) -> Array:
         what = "truncated" if got < expected else "trailing bytes"
         promised = f"its header says shape {list(shape)}, {expected} bytes"
         raise DataError(f"{path}: {what}: {promised}, but {got} follow; save it again")
-    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C")
+    try:
+        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C")
+    except (OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: {expected} bytes could not be mapped into memory ({error})") from error
 
 
 def _open_npz(path: Path) -> Source:
@@ -295,33 +328,48 @@ def _open_npz(path: Path) -> Source:
             if {"indices", "indptr"} <= set(keys):
                 raise DataError(f"{path}: a sparse matrix, expected a dense array; save x.toarray() as .npy")
             if x_key is None:
-                raise DataError(f"{path}: arrays {keys}, expected one of {', '.join(X_KEYS)}")
+                raise DataError(f"{path}: arrays {_some(keys)}, expected one of {', '.join(X_KEYS)}")
             x = _read_member(archive, x_key, path)
             y = None if y_key is None else _read_member(archive, y_key, path)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # zipfile's readers fail in many ways
         raise DataError(f"{path}: not a whole .npz file ({error}); save it again") from error
     return source_from_arrays(x, y, str(path))
 
 
 def _read_member(archive: zipfile.ZipFile, key: str, path: Path) -> Array:
+    """An array of a .npz, whose directory of sizes is not to be trusted."""
     name = f"{path}[{key}]"
-    room = archive.getinfo(f"{key}.npy").compress_size * _DEFLATE_LIMIT
-    with archive.open(f"{key}.npy") as member:
+    info = archive.getinfo(f"{key}.npy")
+    if info.compress_type not in _NPZ_METHODS:
+        raise DataError(f"{name}: compressed by method {info.compress_type}, expected deflate, as NumPy does")
+    room = min(info.compress_size, path.stat().st_size) * _DEFLATE_LIMIT
+    with archive.open(info) as member:
         stream = cast(zipfile.ZipExtFile, member)
         shape, fortran, dtype = _npy_header(stream, name)
         array = _read_array(stream, shape[::-1] if fortran else shape, dtype, room, name)
     return array.T if fortran else array
 
 
+def _some(names: list[str]) -> str:
+    return str(names if len(names) <= 8 else [*names[:8], "..."])
+
+
 def _opened(path: Path) -> io.BufferedReader:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "not a regular file")
         return path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; expected {EXTENSIONS}") from error
+    except (OSError, ValueError) as error:  # a name may be none for the system
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: {reason}; expected {EXTENSIONS}") from error
 
 
 def _array(data: object, name: str) -> Array:
     if isinstance(data, np.ndarray):
+        if isinstance(data, np.ma.MaskedArray):
+            raise DataError(f"{name}: a masked array, expected one without gaps; use {name}.filled()")
         return data
     if not isinstance(data, torch.Tensor):
         expected = "a Source, a numpy array, a torch tensor, a pair (x, y) or a path"
@@ -334,13 +382,28 @@ def _array(data: object, name: str) -> Array:
 
 def _usable(x: Array, name: str) -> Array:
     """x with a dtype the loader reads, contiguous; itself where it is already."""
-    if x.dtype == np.bool_:
-        return np.ascontiguousarray(x).view(np.uint8) * np.uint8(255)
-    dtypes: dict[str, type] = {"u1": np.uint8, "f2": np.float32, "f4": np.float32, "f8": np.float64}
+    dtypes: dict[str, type] = {
+        "b1": np.uint8,
+        "u1": np.uint8,
+        "f2": np.float32,
+        "f4": np.float32,
+        "f8": np.float64,
+    }
     dtype = dtypes.get(x.dtype.str[1:])
     if dtype is None:
         raise DataError(f"{name}: dtype {x.dtype}, expected uint8 (for x / 255), bool or float; convert it")
-    return np.ascontiguousarray(x, dtype=dtype)
+    if x.dtype == dtype and x.flags.c_contiguous:
+        return np.ascontiguousarray(x)
+    needed = x.size * np.dtype(dtype).itemsize
+    converted = f"{name}: {x.dtype} of shape {list(x.shape)} takes {needed} bytes to convert"
+    if needed > available_memory():
+        raise DataError(f"{converted}, more than is free; {TOO_LARGE}")
+    try:
+        if x.dtype == np.bool_:
+            return np.ascontiguousarray(x).view(np.uint8) * np.uint8(255)
+        return np.ascontiguousarray(x, dtype=dtype)
+    except MemoryError as error:
+        raise DataError(f"{converted}, more than there is; {TOO_LARGE}") from error
 
 
 def _check_finite(x: Array, name: str) -> None:
@@ -366,6 +429,8 @@ def _labels(y: Array, n_samples: int, name: str) -> npt.NDArray[np.int64]:
         raise DataError(f"{name}: labels of shape {list(y.shape)}, expected [{n_samples}], one a sample")
     if y.dtype.kind not in "biu":
         raise DataError(f"{name}: labels of dtype {y.dtype}, expected integers")
+    if y.dtype.kind == "u" and y.size and y.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{name}: label {y.max()}, expected one that fits into int64")
     return np.ascontiguousarray(y, dtype=np.int64)
 
 
