@@ -101,7 +101,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, data: bool | str = False
             "--split",
             choices=SPLITS,
             help="which part: test, what the run has validated on (val), or trained on (train), or both of "
-            "these (all) (default: test data where there are any, else val; of a file given with --data, all)",
+            "these (all) (default: test data where there are any, else val; of a file given with --data, "
+            "all)",
         )
     group = parser.add_argument_group("machine")
     group.add_argument(
@@ -181,7 +182,9 @@ def open_data(run: Run, arguments: argparse.Namespace) -> RunData:
             raise
         raise ConfigError("data", f"got none, and the run's own cannot be opened: {error}") from error
     source, rows, which = _part(run, data, name, arguments)
-    loader = DataLoader(source, arguments.batch_size, indices=rows, num_workers=_workers(run, source))
+    loader = DataLoader(
+        source, arguments.batch_size, indices=rows, num_workers=workers(source, run.device.type != "cpu")
+    )
     if loader.item_shape != run.item_shape:
         got, expected = (" x ".join(map(str, shape)) for shape in (loader.item_shape, run.item_shape))
         raise ConfigError(
@@ -226,11 +229,9 @@ def _same(name: str, other: str | None) -> bool:
     return other is not None and (name == other or os.path.abspath(name) == os.path.abspath(other))
 
 
-def _workers(run: Run, source: Source) -> int | None:
-    """No thread where the cores compute already and no disk is to be waited for."""
-    import numpy as np
-
-    return None if run.device.type != "cpu" or isinstance(source.x, np.memmap) else 0
+def workers(source: Source, on_gpu: bool) -> int | None:
+    """Of a loader: none where the cores compute already and no disk is to be waited for."""
+    return 0 if source.in_memory and not on_gpu else None
 
 
 def _json(path: Path) -> dict[str, Any]:

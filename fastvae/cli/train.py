@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.config import ConfigError, TrainConfig
 from .model import build_model, likelihood_of_run, own_class
 from .options import add_train_options, given_options, train_config
+from .runs import workers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -165,17 +166,17 @@ def _loaders(
         for source in (data.train, val_source, data.test):
             if source is not None:
                 _check_unit_interval(source)
-    workers = _workers(data.train, on_gpu)
+    num_workers = workers(data.train, on_gpu)
     train = DataLoader(
         data.train,
         config.batch_size,
         shuffle=True,
         seed=config.seed,
-        num_workers=workers,
+        num_workers=num_workers,
         indices=train_rows,
     )
-    val = DataLoader(val_source, EVALUATED, num_workers=workers, indices=val_rows)
-    test = None if data.test is None else DataLoader(data.test, EVALUATED, num_workers=workers)
+    val = DataLoader(val_source, EVALUATED, num_workers=num_workers, indices=val_rows)
+    test = None if data.test is None else DataLoader(data.test, EVALUATED, num_workers=num_workers)
     if val.item_shape != train.item_shape:
         raise ConfigError("val", f"got {config.val} with items of {_shape(val)}, expected {_shape(train)}")
     if config.model == "conv" and len(train.item_shape) != 3:
@@ -190,11 +191,6 @@ def _print_data(data: Dataset, train: DataLoader, val: DataLoader, test: DataLoa
     loaders = {"training": train, "validation": val} | ({} if test is None else {"test": test})
     sizes = ", ".join(f"{loader.n_samples:,} for {use}" for use, loader in loaders.items())
     print(f"data: {data.name}, items of {_shape(train)}, {sizes}")
-
-
-def _workers(source: Source, on_gpu: bool) -> int | None:
-    """No thread where the cores compute already and no disk is to be waited for."""
-    return 0 if source.in_memory and not on_gpu else None
 
 
 def _check_unit_interval(source: Source) -> None:
