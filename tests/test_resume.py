@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,38 @@ def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(data, tmp_path) ->
     assert_same(fit(data, tmp_path / "cut", resume=True).model, fit(data, tmp_path / "all").model)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with room for the files of a run and for its first checkpoint, but not for two of them."""
+    size = 1_000_000
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_tmpfs(small_disk, tmp_path, capfd) -> None:
+    """As a user sees it: the command fails in one line, and what it had saved goes on where there is room."""
+    size = ["--hidden", "300", "--latent-dim", "2", "--batch-size", "64"]  # 45,000 parameters: 540 kB
+    options = ["--data", "digits", "--epochs", "1", "--device", "cpu", "--checkpoint-steps", "10", *size]
+    run = small_disk / "run"
+    assert main(["train", *options, "--out", str(run)]) == 2
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith(f"fastvae: error: {run / 'checkpoints' / 'step-'}")
+    assert error.splitlines()[-1].endswith("No space left on device")
+    assert [path.name for path in checkpoints(run)] == ["step-0000000010.safetensors"]
+    assert [path for path in (run / "checkpoints").iterdir() if path.name[0] == "."] == []
+    shutil.copytree(run, tmp_path / "run")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert main(["train", *options, "--out", str(tmp_path / "whole")]) == 0
+    resumed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
 def test_a_second_signal_acts_as_it_always_did() -> None:
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -220,12 +253,19 @@ def test_a_second_signal_acts_as_it_always_did() -> None:
 
 
 def test_the_writer_copies_before_it_returns(tmp_path) -> None:
-    weights = torch.ones(1000)
+    weights, others = torch.ones(1000), torch.ones(20, 50).t()
     with CheckpointWriter(tmp_path) as writer:
         path = writer.save(1, {"w": weights}, {"a": 1})
         weights.zero_()
-    assert load_checkpoint(path).tensors["w"].sum() == 1000
-    assert load_checkpoint(path).state == {"a": 1}
+        second = writer.save(2, {"w": weights, "v": others}, {})
+        writer.wait()
+        assert load_checkpoint(path).tensors["w"].sum() == 1000
+        assert load_checkpoint(path).state == {"a": 1}
+        weights.fill_(5)
+        third = writer.save(3, {"w": others}, {})
+        others.zero_()
+    assert load_checkpoint(second).tensors["w"].sum() == 0
+    assert load_checkpoint(third).tensors["w"].equal(torch.ones(50, 20))
 
 
 def test_killed_at_random_moments_and_resumed(tmp_path) -> None:

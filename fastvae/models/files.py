@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +112,15 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, 
         try:
             safetensors.torch.save_file(on_cpu, temporary, metadata)
         except safetensors.SafetensorError as error:
-            raise OSError(errno.EIO, f"could not be written: {error}", str(path)) from error
+            raise _os_error(error, path) from error
+
+
+def _os_error(error: safetensors.SafetensorError, path: Path) -> OSError:
+    """What the system said, which safetensors tells in its words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None:
+        return OSError(errno.EIO, f"could not be written: {error}", str(path))
+    return OSError(int(number[1]), f"could not be written: {os.strerror(int(number[1]))}", str(path))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

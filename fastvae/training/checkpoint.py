@@ -45,6 +45,7 @@ class CheckpointWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
+        self._copies: dict[str, Tensor] = {}  # kept, for memory that was touched is written faster
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -64,8 +65,8 @@ class CheckpointWriter:
         """
         self.wait()
         path = checkpoint_path(self.folder.parent, step)
-        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(path, copies, json.dumps(state)))
+        self._copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+        self._thread = threading.Thread(target=self._write, args=(path, self._copies, json.dumps(state)))
         self._thread.start()
         return path
 
@@ -81,6 +82,12 @@ class CheckpointWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return copy.copy_(tensor.detach())
 
     def _write(self, path: Path, tensors: dict[str, Tensor], state: str) -> None:
         try:
