@@ -48,7 +48,7 @@ def test_a_run_and_what_it_kept_for_validation(run: Path) -> None:
     np.testing.assert_array_equal(data.labels, digits.target[rows])
     np.testing.assert_array_equal(y, data.labels)
     assert len(data.loader) == 8
-    assert torch.equal(data.items(7, 0), images[[7, 0]])
+    assert torch.equal(torch.cat(data.batches([7, 0])), images[[7, 0]])
     assert data.name == "digits (validation)"
 
 
@@ -84,7 +84,7 @@ def test_what_does_not_fit(run: Path, tmp_path: Path, monkeypatch) -> None:
         with pytest.raises(ConfigError, match=problem):
             open_data(opened, parse(run, *options))
     with pytest.raises(ConfigError, match="index: got 359, expected 0 to 358, of digits"):
-        open_data(opened, parse(run)).items(359)
+        open_data(opened, parse(run)).batches([359])
     unfinished = tmp_path / "unfinished"
     (unfinished / "checkpoints").mkdir(parents=True)
     (unfinished / "checkpoints" / "step-0000000001.safetensors").touch()

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ..training.config import ConfigError
 from ..training.signals import TrainingStopped
-from . import train
+from . import decode, encode, interpolate, reconstruct, sample, train, traverse
 
 RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun starts
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, arguments.options, n=1)
+        begun = [option for option in arguments.options if option.startswith(name)]
+        near = begun or difflib.get_close_matches(name, arguments.options, n=1)
         parser.error(f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         arguments.run(arguments)
@@ -64,6 +65,8 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"fastvae {version}")
     commands = parser.add_subparsers(metavar="command", required=True)
     train.add_command(commands)
+    for command in (sample, reconstruct, traverse, interpolate, encode, decode):
+        command.add(commands)
     return parser
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .runs import Run
 
 
@@ -53,11 +55,61 @@ def check_out(out: Path) -> None:
         raise ConfigError("out", f"got '{out}', but {folder} is not writable")
 
 
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Write uint8 [C, H, W] as PNG, all or nothing."""
+    from ..inference import plots
+    from ..models.files import replacing
+
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        plots.save(file, picture)
+
+
+def save_moving(path: Path, frames: Sequence[Tensor], seconds: float = 0.08) -> None:
+    """Write frames, uint8 [C, H, W] each, as GIF, all or nothing."""
+    from ..inference import plots
+    from ..models.files import replacing
+
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        plots.save_gif(file, frames, seconds=seconds)
+
+
 def save_array(path: Path, array: Any) -> None:
     """Write an array or tensor as .npy, all or nothing."""
+    save_batches(path, array.shape, [array])
+
+
+def save_batches(path: Path, shape: Sequence[int], batches: Iterable[Any]) -> None:
+    """Write batches [B, ...] as one .npy of float32 and `shape`, all or nothing, one batch in memory."""
     import numpy as np
 
     from ..models.files import replacing
 
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.asarray(array), allow_pickle=False)
+    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:  # not a map, where a full disk would end the process
+            np.lib.format.write_array_header_1_0(file, header)
+            rows = 0
+            for batch in batches:
+                file.write(np.ascontiguousarray(batch, np.dtype("<f4")).data)
+                rows += len(batch)
+        if rows != shape[0]:
+            raise ValueError(f"batches: got {rows} rows, expected {shape[0]}")
+
+
+def load_latents(path: str, run: Run) -> Any:
+    """The latents in a .npy, float [N, *latent], mapped and not read. Raises ConfigError."""
+    import numpy as np
+
+    try:
+        z = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ConfigError("latents", f"got {path}, which is not there") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError("latents", f"got {path}, which is no .npy of numbers: {error}") from error
+    expected = " x ".join(map(str, ("N", *run.latent_shape)))
+    if not isinstance(z, np.ndarray) or z.shape[1:] != run.latent_shape or z.ndim < 2 or len(z) == 0:
+        got = " x ".join(map(str, z.shape)) if isinstance(z, np.ndarray) else "several arrays"
+        raise ConfigError("latents", f"got {path} of {got}, expected {expected}, as {run.folder}")
+    if z.dtype.kind != "f":
+        raise ConfigError("latents", f"got {path} of {z.dtype}, expected floating point")
+    return z

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,8 +60,27 @@ class RunData:
     labels: npt.NDArray[np.int64] | None
     classes: tuple[str, ...] | None
 
-    def items(self, *indices: int, option: str = "index") -> Tensor:
-        """x of some of the data, float32 [len(indices), *item]. Raises ConfigError, of `option`."""
+    def some(self, n: int, seed: int) -> RunData:
+        """At most n of the data, drawn by `seed`, in their own order."""
+        import numpy as np
+
+        from ..data import DataLoader
+
+        if n >= self.loader.n_samples:
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(self.loader.n_samples, n, replace=False))
+        rows = chosen if self.rows is None else self.rows[chosen]
+        loader = self.loader
+        return replace(
+            self,
+            name=f"{n:,} of {self.name}",
+            loader=DataLoader(self.source, loader.batch_size, indices=rows, num_workers=loader.num_workers),
+            rows=rows,
+            labels=None if self.labels is None else self.labels[chosen],
+        )
+
+    def batches(self, indices: Sequence[int], option: str = "index") -> list[Tensor]:
+        """x of the data at `indices`, in that order: float32 [B, *item]. Raises ConfigError, of `option`."""
         from ..data import DataLoader
 
         for index in indices:
@@ -68,8 +88,8 @@ class RunData:
                 expected = f"0 to {self.loader.n_samples - 1}, of {self.name}"
                 raise ConfigError(option, f"got {index}, expected {expected}")
         rows = list(indices) if self.rows is None else [int(self.rows[index]) for index in indices]
-        (batch,) = DataLoader(self.source, len(rows), indices=rows, num_workers=0)
-        return batch if not isinstance(batch, tuple) else batch[0]
+        loader = DataLoader(self.source, self.loader.batch_size, indices=rows, num_workers=0)
+        return [batch[0] if isinstance(batch, tuple) else batch for batch in loader]
 
 
 def add_command(
@@ -84,10 +104,12 @@ def add_command(
     return parser
 
 
-def add_run_options(parser: argparse.ArgumentParser, *, data: bool | str = False) -> None:
+def add_run_options(
+    parser: argparse.ArgumentParser, *, data: bool | str = False, part: str | None = None
+) -> None:
     """Add the options that `open_run` reads, and with `data` those of `open_data`.
 
-    data: a text says in the help what the command needs data for.
+    data: a text says in the help what the command needs data for. part: what it takes of them by default.
     """
     if data:
         group = parser.add_argument_group("data")
@@ -100,9 +122,10 @@ def add_run_options(parser: argparse.ArgumentParser, *, data: bool | str = False
         group.add_argument(
             "--split",
             choices=SPLITS,
-            help="which part: test, what the run has validated on (val), or trained on (train), or both of "
-            "these (all) (default: test data where there are any, else val; of a file given with --data, "
-            "all)",
+            help="which part: test, what the run has validated on (val) or trained on (train), or both (all) "
+            "(default: "
+            + (part or "test data where there are any, else val; of a file given with --data, all")
+            + ")",
         )
     group = parser.add_argument_group("machine")
     group.add_argument(
@@ -165,8 +188,8 @@ def open_run(arguments: argparse.Namespace) -> Run:
     )
 
 
-def open_data(run: Run, arguments: argparse.Namespace) -> RunData:
-    """The data of --data and --split, by default those that `run` has kept from its training.
+def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) -> RunData:
+    """The data of --data and --split, by default those that `run` has not trained on, or their `part`.
 
     Raises ConfigError, and DataError for data that cannot be used.
     """
@@ -181,7 +204,7 @@ def open_data(run: Run, arguments: argparse.Namespace) -> RunData:
         if arguments.data is not None:
             raise
         raise ConfigError("data", f"got none, and the run's own cannot be opened: {error}") from error
-    source, rows, which = _part(run, data, name, arguments)
+    source, rows, which = _part(run, data, name, arguments, arguments.split or part)
     loader = DataLoader(
         source, arguments.batch_size, indices=rows, num_workers=workers(source, run.device.type != "cpu")
     )
@@ -195,13 +218,13 @@ def open_data(run: Run, arguments: argparse.Namespace) -> RunData:
 
 
 def _part(
-    run: Run, data: Dataset, name: str, arguments: argparse.Namespace
+    run: Run, data: Dataset, name: str, arguments: argparse.Namespace, part: str | None
 ) -> tuple[Source, npt.NDArray[np.int64] | None, str]:
-    """The source and the rows of --split, and a word for them."""
+    """The source and the rows of `part`, or of the default, and a word for them."""
     from ..data import open_source, split
     from ..data.datasets import NAMES
 
-    own, part = _same(name, run.config.data), arguments.split
+    own = _same(name, run.config.data)
     if part is None and data.test is not None:
         part = "test"
     elif part is None:
@@ -242,18 +265,54 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def track(batches: Iterable[T], what: str) -> Iterator[T]:
-    """The same batches, with a progress bar on standard error while it is a terminal."""
+def track(batches: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """The same batches, with a progress bar on standard error while it is a terminal.
+
+    total: their number, where they do not know it themselves.
+    """
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    yield from track(batches, what, console=console, transient=True, disable=not console.is_terminal)
+    yield from track(batches, what, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def latents_of(values: Sequence[int], run: Run, option: str) -> list[int]:
+    """Places in a flattened z. Raises ConfigError, of `option`, for one that z does not have."""
+    n = math.prod(run.latent_shape)
+    for value in values:
+        if not 0 <= value < n:
+            raise ConfigError(option, f"got {value}, expected 0 to {n - 1}, the latents of {run.folder}")
+    return list(values)
+
+
+def kl_of_latents(run: Run, arguments: argparse.Namespace) -> list[float] | None:
+    """The KL of each latent in nats, [Z]: of summary.json, else of the data; None where there are neither."""
+    found = run.summary.get("kl_by_latent")
+    if found is not None:
+        return list(found)
+    if arguments.data is None and run.config.data is None:
+        return None
+    import torch
+
+    from ..inference.evaluate import inputs
+    from ..inference.latents import LatentStatistics
+
+    statistics = LatentStatistics()
+    with torch.no_grad():
+        for x in inputs(track(open_data(run, arguments).loader, "encoding"), run.device):
+            statistics.update(*run.model.encode(x))
+    return [float(kl) for kl in statistics.kl]
 
 
 def positive(value: str) -> int:
     """An option's number of at least 1."""
     return _integer(value, 1)
+
+
+def index(value: str) -> int:
+    """An option's place in data or latents."""
+    return _integer(value, 0)
 
 
 def seed(value: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,3 +73,28 @@ class LatentStatistics:
     def active_units(self) -> int:
         """The latents whose posterior mean varies by more than 0.01 (Burda et al. 2016, section 5.2)."""
         return int((self.mean_variance > ACTIVE).sum())
+
+
+class Moments:
+    """Mean and standard deviation of all numbers of many batches, in float64, merged as above."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self._squares = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Take in the numbers of a tensor."""
+        n, mean_and_variance = values.numel(), torch.var_mean(values.double(), correction=0)
+        if n == 0:
+            return
+        variance, mean = (float(moment) for moment in mean_and_variance)
+        total, delta = self.count + n, mean - self.mean
+        self.mean += delta * n / total
+        self._squares += variance * n + delta**2 * (self.count * n / total)
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """The square root of the mean squared distance from the mean; NaN of no numbers."""
+        return math.sqrt(self._squares / self.count) if self.count else math.nan
