@@ -42,10 +42,10 @@ void check_indices(const Table& table) {
 }
 
 Table table_of(std::shared_ptr<const Rows> rows, const std::optional<py::array>& y,
-               const std::optional<py::array>& indices) {
+               const std::optional<py::array>& indices, const Form& form) {
     const std::int64_t n_rows = rows->n_rows();
     Table table{std::move(rows), vector_of_int64(y, "y"), vector_of_int64(indices, "indices"),
-                indices ? indices->shape(0) : n_rows};
+                indices ? indices->shape(0) : n_rows, form};
     if (y && y->shape(0) != n_rows) {
         throw py::value_error("y has " + std::to_string(y->shape(0)) + " labels, expected one for each of the " +
                               std::to_string(n_rows) + " samples of x");
@@ -59,18 +59,18 @@ Order order_of(std::int64_t n, std::uint64_t seed, std::uint64_t epoch, bool shu
 }
 
 // An array over a part of the batch's memory that keeps all of it alive.
-template <typename T>
-py::array array_over(const Batch& batch, T* data, std::vector<py::ssize_t> shape) {
+py::array array_over(const Batch& batch, const py::dtype& dtype, void* data, const std::vector<py::ssize_t>& shape) {
     using Memory = std::shared_ptr<std::byte>;
     auto memory = std::make_unique<Memory>(batch.memory);
     py::capsule owner(memory.get(), [](void* held) { std::unique_ptr<Memory>(static_cast<Memory*>(held)); });
     static_cast<void>(memory.release());
-    return py::array_t<T>(std::move(shape), data, owner);
+    return py::array(dtype, shape, data, owner);
 }
 
 struct PyBatches {
     std::unique_ptr<Batches> batches;
     std::vector<py::ssize_t> shape;  // of a batch; its first entry is the batch's own
+    py::dtype dtype;
 
     py::object next() {
         std::optional<Batch> batch;
@@ -80,20 +80,55 @@ struct PyBatches {
         }
         if (!batch) throw py::stop_iteration();
         shape[0] = batch->size;
-        py::array x = array_over(*batch, batch->x, shape);
+        py::array x = array_over(*batch, dtype, batch->memory.get(), shape);
         if (!batch->y) return x;
-        return py::make_tuple(std::move(x), array_over(*batch, batch->y, {batch->size}));
+        return py::make_tuple(std::move(x), array_over(*batch, py::dtype::of<std::int64_t>(), batch->y, {batch->size}));
     }
 };
 
+constexpr std::pair<const char*, Element> kElements[] = {{"float32", Element::float32},
+                                                         {"bfloat16", Element::bfloat16},
+                                                         {"float16", Element::float16},
+                                                         {"uint8", Element::uint8}};
+
+Element element_named(const std::string& name) {
+    for (const auto& [known, element] : kElements) {
+        if (name == known) return element;
+    }
+    throw py::value_error("dtype is " + name + ", expected float32, bfloat16, float16 or uint8");
+}
+
+const RowKernels* kernels_named(const std::optional<std::string>& name) {
+    for (const RowKernels& kernels : row_kernels()) {
+        if (!name || kernels.name == *name) return &kernels;
+    }
+    throw py::value_error("instruction_set is " + *name + ", which this machine does not have");
+}
+
+// NumPy has no bfloat16: its bits come as int16.
+py::dtype dtype_of(Element element) {
+    switch (element) {
+        case Element::uint8: return py::dtype::of<std::uint8_t>();
+        case Element::float16: return py::dtype("float16");
+        case Element::bfloat16: return py::dtype::of<std::int16_t>();
+        default: return py::dtype::of<float>();
+    }
+}
+
 std::unique_ptr<Loader> make_loader(std::shared_ptr<Rows> rows, const std::optional<py::array>& y,
                                     const std::optional<py::array>& indices, std::int64_t batch_size, bool drop_last,
-                                    int workers) {
+                                    int workers, const std::string& dtype, const std::optional<Transform>& transform,
+                                    const std::optional<std::string>& instruction_set) {
     if (batch_size < 1) {
         throw py::value_error("batch_size is " + std::to_string(batch_size) + ", expected at least 1");
     }
     if (workers < 0) throw py::value_error("workers is " + std::to_string(workers) + ", expected at least 0");
-    return std::make_unique<Loader>(table_of(std::move(rows), y, indices), batch_size, drop_last, workers);
+    Form form;
+    form.element = element_named(dtype);
+    form.transform = transform.value_or(Transform{});
+    form.kernels = kernels_named(instruction_set);
+    static_cast<void>(RowWriter(rows->layout(), form));  // throws for a form that the rows cannot have
+    return std::make_unique<Loader>(table_of(std::move(rows), y, indices, form), batch_size, drop_last, workers);
 }
 
 PyBatches start(Loader& self, std::uint64_t seed, std::uint64_t epoch, bool shuffle, std::int64_t first_batch,
@@ -106,11 +141,12 @@ PyBatches start(Loader& self, std::uint64_t seed, std::uint64_t epoch, bool shuf
         throw py::value_error("first_batch is " + std::to_string(first_batch) + ", expected 0 to " +
                               std::to_string(self.n_batches()) + ", the batches of a pass");
     }
-    const auto& item_shape = self.table().rows->item_shape();
+    const std::vector<std::int64_t> item_shape = self.table().item_shape();
     std::vector<py::ssize_t> shape{0};
     shape.insert(shape.end(), item_shape.begin(), item_shape.end());
     const Order order = order_of(self.table().n_samples, seed, epoch, shuffle);
-    return {self.start(order, Form{seed, epoch}, first_batch, Share{rank, ranks}), std::move(shape)};
+    return {self.start(order, seed, epoch, first_batch, Share{rank, ranks}), std::move(shape),
+            dtype_of(self.table().form.element)};
 }
 
 py::array_t<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed, std::uint64_t epoch) {
@@ -130,13 +166,16 @@ void bind_loader(py::module_& m) {
     py::class_<PyBatches>(m, "Batches", "One pass over the data; ends its threads when dropped.",
                           py::release_gil_before_calling_cpp_dtor())
         .def("__iter__", [](py::object self) { return self; })
-        .def("__next__", &PyBatches::next, "x, float32 [B, *item_shape], or (x, y), y int64 [B].");
+        .def("__next__", &PyBatches::next, "x [B, *item_shape], or (x, y), y int64 [B].");
 
-    py::class_<Loader>(m, "Loader", "Gathers rows into float32 batches.")
+    py::class_<Loader>(m, "Loader", "Gathers rows into batches.")
         .def(py::init(&make_loader), py::arg("rows"), py::arg("y"), py::arg("indices"), py::kw_only(),
-             py::arg("batch_size"), py::arg("drop_last"), py::arg("workers"), py::keep_alive<1, 2>(),
+             py::arg("batch_size"), py::arg("drop_last"), py::arg("workers"), py::arg("dtype") = "float32",
+             py::arg("transform") = py::none(), py::arg("instruction_set") = py::none(), py::keep_alive<1, 2>(),
              py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
         .def("__len__", &Loader::n_batches)
+        .def_property_readonly("item_shape",
+                               [](const Loader& self) { return py::tuple(py::cast(self.table().item_shape())); })
         .def("start", &start, py::arg("seed"), py::arg("epoch"), py::arg("shuffle"), py::arg("first_batch"),
              py::arg("rank"), py::arg("ranks"), py::keep_alive<0, 1>(),
              "Starts the workers on a rank's rows of the batches of an epoch, from `first_batch` on.");

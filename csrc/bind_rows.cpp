@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,19 +41,63 @@ std::shared_ptr<DenseRows> make_dense_rows(const py::array& x, std::vector<std::
     if (channels != 1 && channels != 3 && channels != 4) {
         throw py::value_error("x has " + std::to_string(channels) + " channels, expected 1, 3 or 4 where they are last");
     }
-    const RowLayout layout{element_of(x), features / channels, channels};
-    auto rows = std::make_shared<DenseRows>(static_cast<const std::byte*>(x.data()), layout, x.shape(0),
-                                            std::move(item_shape));
-    if (rows->features() != features) {
-        throw py::value_error("item_shape has " + std::to_string(rows->features()) + " features, expected the " +
+    std::int64_t promised = 1;
+    for (const std::int64_t size : item_shape) promised *= size;
+    if (promised != features) {
+        throw py::value_error("item_shape has " + std::to_string(promised) + " features, expected the " +
                               std::to_string(features) + " of a row of x");
     }
-    return rows;
+    RowLayout layout{element_of(x), features / channels, channels};
+    if (item_shape.size() == 3) {
+        layout.height = item_shape[1];
+        layout.width = item_shape[2];
+    }
+    return std::make_shared<DenseRows>(static_cast<const std::byte*>(x.data()), layout, x.shape(0),
+                                       std::move(item_shape));
+}
+
+Transform make_transform(std::int64_t padding, std::optional<std::array<std::int64_t, 2>> crop, bool center,
+                         bool hflip, bool binarize, std::optional<std::array<double, 2>> affine, bool fixed) {
+    constexpr std::int64_t kMost = std::int64_t{1} << 20;
+    Transform transform{};
+    if (padding < 0 || padding > kMost) {
+        throw py::value_error("padding is " + std::to_string(padding) + ", expected 0 to " + std::to_string(kMost));
+    }
+    if (crop && ((*crop)[0] < 1 || (*crop)[1] < 1)) throw py::value_error("crop is empty, expected at least 1 by 1");
+    transform.padding = padding;
+    if (crop) {
+        transform.crop_height = (*crop)[0];
+        transform.crop_width = (*crop)[1];
+    }
+    transform.center = center;
+    transform.hflip = hflip;
+    transform.binarize = binarize;
+    transform.fixed = fixed;
+    if (affine) {
+        transform.scaled = true;
+        transform.scale = (*affine)[0];
+        transform.shift = (*affine)[1];
+    }
+    return transform;
 }
 
 }  // namespace
 
 void bind_rows(py::module_& m) {
+    py::class_<Transform>(m, "Transform", "What is done to a row on its way into a batch.")
+        .def(py::init(&make_transform), py::kw_only(), py::arg("padding"), py::arg("crop"), py::arg("center"),
+             py::arg("hflip"), py::arg("binarize"), py::arg("affine"), py::arg("fixed"));
+    m.def(
+        "transform_key",
+        [](std::uint64_t seed, std::uint64_t epoch, bool fixed) {
+            Form form;
+            form.seed = seed;
+            form.epoch = epoch;
+            form.transform.fixed = fixed;
+            return transform_key(form);
+        },
+        py::arg("seed"), py::arg("epoch"), py::arg("fixed"), "The Philox key of what is random in the rows.");
+
     py::class_<Rows, std::shared_ptr<Rows>>(m, "Rows", "Samples by number, of which a Loader makes batches.")
         .def("__len__", &Rows::n_rows)
         .def_property_readonly("item_shape", [](const Rows& rows) { return py::tuple(py::cast(rows.item_shape())); });

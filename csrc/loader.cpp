@@ -23,10 +23,6 @@ std::size_t round_up(std::size_t value, std::size_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
-std::size_t x_bytes(const Table& table, std::int64_t batch_size) {
-    return round_up(static_cast<std::size_t>(batch_size * table.rows->features()) * sizeof(float), kCacheLine);
-}
-
 class BufferError : public std::bad_alloc {
 public:
     explicit BufferError(std::size_t bytes)
@@ -36,6 +32,17 @@ public:
 private:
     std::string what_;
 };
+
+std::size_t bytes_of_x(const Table& table, std::int64_t batch_size) {
+    constexpr std::size_t kMost = std::size_t{1} << 48;  // more than can be addressed
+    std::size_t bytes = size_of(table.form.element);
+    const auto grow = [&](std::int64_t times) {
+        if (__builtin_mul_overflow(bytes, static_cast<std::size_t>(times), &bytes) || bytes > kMost) throw BufferError(kMost);
+    };
+    grow(batch_size);
+    for (const std::int64_t size : table.item_shape()) grow(size);
+    return round_up(bytes, kCacheLine);
+}
 
 }  // namespace
 
@@ -85,27 +92,26 @@ struct Batches::State {
         bool ready = false;
     };
 
-    State(const Table& table_, const Order& order_, const Form& form_, std::int64_t batch_size_,
-          std::int64_t first_batch, std::int64_t n_batches_, const Share& share_, int workers,
-          std::shared_ptr<BufferPool> pool_)
+    State(const Table& table_, const Order& order_, std::int64_t batch_size_, std::int64_t first_batch,
+          std::int64_t n_batches_, const Share& share_, int workers, std::shared_ptr<BufferPool> pool_)
         : table(table_),
           order(order_),
-          form(form_),
           batch_size(batch_size_),
           n_batches(n_batches_),
           share(share_),
           pool(std::move(pool_)),
+          x_bytes(bytes_of_x(table_, batch_size_)),
           slots(static_cast<std::size_t>(2 * workers + 1)),
           claimed(first_batch),
           delivered(first_batch) {}
 
     const Table table;
     const Order order;
-    const Form form;
     const std::int64_t batch_size;
     const std::int64_t n_batches;
     const Share share;
     const std::shared_ptr<BufferPool> pool;
+    const std::size_t x_bytes;
 
     std::mutex mutex;
     std::condition_variable room;  // the workers wait for a free slot
@@ -154,22 +160,21 @@ struct Batches::State {
             for (std::int64_t& row : rows) row = table.indices[row];
         }
 
-        Batch batch{pool->take(), nullptr, nullptr, size};
-        batch.x = reinterpret_cast<float*>(batch.memory.get());
-        table.rows->gather(rows.data(), size, form, batch.memory.get());
+        Batch batch{pool->take(), nullptr, size};
+        table.rows->gather(rows.data(), size, table.form, batch.memory.get());
         if (table.labels) {
-            batch.y = reinterpret_cast<std::int64_t*>(batch.memory.get() + x_bytes(table, batch_size));
+            batch.y = reinterpret_cast<std::int64_t*>(batch.memory.get() + x_bytes);
             for (std::size_t i = 0; i < rows.size(); ++i) batch.y[i] = table.labels[rows[i]];
         }
         return batch;
     }
 };
 
-Batches::Batches(const Table& table, const Order& order, const Form& form, std::int64_t batch_size,
+Batches::Batches(const Table& table, const Order& order, std::int64_t batch_size,
                  std::int64_t first_batch, std::int64_t n_batches, const Share& share, int workers,
                  std::shared_ptr<BufferPool> pool)
     : process_(getpid()),
-      state_(std::make_shared<State>(table, order, form, batch_size, first_batch, n_batches, share, workers,
+      state_(std::make_shared<State>(table, order, batch_size, first_batch, n_batches, share, workers,
                                      std::move(pool))),
       threads_(std::make_unique<std::vector<std::thread>>()) {
     threads_->reserve(static_cast<std::size_t>(workers));
@@ -234,16 +239,19 @@ Loader::Loader(const Table& table, std::int64_t batch_size, bool drop_last, int 
 
 std::shared_ptr<BufferPool> Loader::make_pool() const {
     const std::size_t bytes =
-        x_bytes(table_, batch_size_) + static_cast<std::size_t>(batch_size_) * sizeof(std::int64_t);
+        bytes_of_x(table_, batch_size_) + static_cast<std::size_t>(batch_size_) * sizeof(std::int64_t);
     // All slots, what each worker holds, and the two batches a training loop keeps alive.
     return std::make_shared<BufferPool>(bytes, static_cast<std::size_t>(3 * workers_ + 3));
 }
 
-std::unique_ptr<Batches> Loader::start(const Order& order, const Form& form, std::int64_t first_batch,
-                                       const Share& share) {
+std::unique_ptr<Batches> Loader::start(const Order& order, std::uint64_t seed, std::uint64_t epoch,
+                                       std::int64_t first_batch, const Share& share) {
     if (pool_->process() != getpid()) pool_ = make_pool();
     const auto workers = static_cast<int>(std::min<std::int64_t>(workers_, n_batches_ - first_batch));
-    return std::make_unique<Batches>(table_, order, form, batch_size_, first_batch, n_batches_, share, workers,
+    Table table = table_;
+    table.form.seed = seed;
+    table.form.epoch = epoch;
+    return std::make_unique<Batches>(table, order, batch_size_, first_batch, n_batches_, share, workers,
                                      pool_);
 }
 

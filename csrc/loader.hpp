@@ -22,6 +22,9 @@ struct Table {
     const std::int64_t* labels;   // [rows], or null
     const std::int64_t* indices;  // [n_samples] rows to read, each of them there, or null for all rows
     std::int64_t n_samples;
+    Form form;  // of a batch; its keys are those of a pass
+
+    std::vector<std::int64_t> item_shape() const { return form.item_shape(rows->item_shape()); }
 };
 
 // Equal pieces of aligned memory, recycled: a page that was touched once is not paid for again. A piece
@@ -50,8 +53,7 @@ private:
 };
 
 struct Batch {
-    std::shared_ptr<std::byte> memory;  // holds x, then y
-    float* x;                           // [size, features]
+    std::shared_ptr<std::byte> memory;  // x [size, features], then y
     std::int64_t* y;                    // [size], or null
     std::int64_t size;
 };
@@ -77,7 +79,7 @@ private:
 // everything).
 class Batches {
 public:
-    Batches(const Table& table, const Order& order, const Form& form, std::int64_t batch_size, std::int64_t first_batch,
+    Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t first_batch,
             std::int64_t n_batches, const Share& share, int workers, std::shared_ptr<BufferPool> pool);
     ~Batches();
     Batches(const Batches&) = delete;
@@ -104,8 +106,9 @@ public:
 
     std::int64_t n_batches() const { return n_batches_; }
     const Table& table() const { return table_; }
-    std::unique_ptr<Batches> start(const Order& order, const Form& form, std::int64_t first_batch,
-                                   const Share& share);
+    // The keys are those of what is random in the rows.
+    std::unique_ptr<Batches> start(const Order& order, std::uint64_t seed, std::uint64_t epoch,
+                                   std::int64_t first_batch, const Share& share);
 
 private:
     std::shared_ptr<BufferPool> make_pool() const;

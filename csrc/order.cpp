@@ -3,17 +3,10 @@
 #include <bit>
 #include <numeric>
 
+#include "mix.hpp"
+
 namespace fastvae {
 namespace {
-
-constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15;
-
-// The finalizer of splitmix64.
-std::uint64_t mix(std::uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-}
 
 // After the finalizer of MurmurHash3: 32 bits wide, so that a vector holds many.
 [[gnu::always_inline]] inline std::uint32_t round_function(std::uint32_t half, std::uint32_t key) {
@@ -32,7 +25,7 @@ Order Order::shuffled(std::int64_t n, std::uint64_t seed, std::uint64_t epoch) {
     const int bits = n > 1 ? std::bit_width(static_cast<std::uint64_t>(n - 1)) : 0;
     order.high_bits_ = bits / 2;
     order.low_bits_ = bits - order.high_bits_;
-    const std::uint64_t key = mix(mix(seed + kGolden) + epoch);
+    const std::uint64_t key = epoch_key(seed, epoch);
     for (std::size_t r = 0; r < kRounds; ++r) {
         order.keys_[r] = static_cast<std::uint32_t>(mix(key + (r + 1) * kGolden) >> 32);
     }

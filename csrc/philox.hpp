@@ -2,6 +2,8 @@
 // The same arithmetic as kernels/rng.py and fastvae/ops/reference.py.
 #pragma once
 
+#include <array>
+
 #include "simd.hpp"
 
 namespace fastvae {
@@ -28,6 +30,21 @@ inline Words philox(Words c, std::uint32_t k0, std::uint32_t k1) {
         multiply(0xD2511F53u, c.w[0], high0, low0);
         multiply(0xCD9E8D57u, c.w[2], high1, low1);
         c = {{high1 ^ c.w[1] ^ k0, low1, high0 ^ c.w[3] ^ k1, low0}};
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return c;
+}
+
+using Block = std::array<std::uint32_t, 4>;
+
+// One block alone.
+inline Block philox(Block c, std::uint32_t k0, std::uint32_t k1) {
+    for (int round = 0; round < 10; ++round) {
+        const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c[0];
+        const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c[2];
+        c = {static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ k0, static_cast<std::uint32_t>(p1),
+             static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ k1, static_cast<std::uint32_t>(p0)};
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }

@@ -94,9 +94,22 @@ def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]: ...
 
 class Batches(Iterator[Any]):
     def __iter__(self) -> Batches: ...
-    def __next__(
+    def __next__(self) -> Any: ...  # x, or (x, y); bfloat16 as int16
+
+class Transform:
+    def __init__(
         self,
-    ) -> npt.NDArray[np.float32] | tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]: ...
+        *,
+        padding: int,
+        crop: tuple[int, int] | None,
+        center: bool,
+        hflip: bool,
+        binarize: bool,
+        affine: tuple[float, float] | None,
+        fixed: bool,
+    ) -> None: ...
+
+def transform_key(seed: int, epoch: int, fixed: bool) -> int: ...
 
 class Rows:
     @property
@@ -116,7 +129,12 @@ class Loader:
         batch_size: int,
         drop_last: bool,
         workers: int,
+        dtype: str = "float32",
+        transform: Transform | None = None,
+        instruction_set: str | None = None,
     ) -> None: ...
+    @property
+    def item_shape(self) -> tuple[int, ...]: ...
     def __len__(self) -> int: ...
     def start(
         self, seed: int, epoch: int, shuffle: bool, first_batch: int, rank: int, ranks: int

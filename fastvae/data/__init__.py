@@ -3,6 +3,7 @@
 from .datasets import Dataset, resolve, split
 from .loader import DataLoader
 from .sources import ArraySource, DataError, Source, as_source, open_source, source_from_arrays
+from .transform import Transform
 
 __all__ = [
     "ArraySource",
@@ -10,6 +11,7 @@ __all__ = [
     "DataLoader",
     "Dataset",
     "Source",
+    "Transform",
     "as_source",
     "open_source",
     "resolve",

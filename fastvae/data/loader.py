@@ -12,18 +12,25 @@ import numpy.typing as npt
 import torch
 
 from .. import _native
-from .sources import SourceLike, as_source
+from .sources import DataError, Source, SourceLike, as_source
+from .transform import Transform
 
 Batch: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
 
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.uint8: "uint8",
+}
 _MAX_WORKERS = 4  # a few threads reach the memory's rate
 
 
 class DataLoader:
-    """Batches of a source in float32, gathered ahead of their consumer by C++ threads.
+    """Batches of a source, gathered ahead of their consumer by C++ threads.
 
-    Yields x, float32 [B, *item_shape], or (x, y) with y int64 [B] where the source has labels. uint8 becomes
-    exactly x / 255. The last batch may be smaller. A batch is the reader's own, to keep or to change.
+    Yields x, [B, *item_shape], or (x, y) with y int64 [B] where the source has labels. uint8 becomes x / 255,
+    correctly rounded. The last batch may be smaller. A batch is the reader's own, to keep or to change.
 
     Each `iter()` begins a pass, whose shuffled order is a pure function of (seed, epoch) whatever the machine
     or the number of threads. The first pass is epoch 0, and beginning a pass advances `epoch` by one for the
@@ -32,10 +39,13 @@ class DataLoader:
 
     source: a Source, an array or CPU tensor [N, ...], a pair (x, y), or a path (see `sources`).
     batch_size: samples a batch, at least 1.
-    seed: of the shuffling, 0 <= seed < 2**64.
+    seed: of the shuffling and of `transform`, 0 <= seed < 2**64.
     drop_last: leave out a last batch smaller than batch_size.
     num_workers: threads; 0 gathers in the calling thread, which is best for data in memory where all cores
         compute; None is half of this process's cores and at most 4.
+    dtype: of x: torch.float32, bfloat16 or float16 (rounded to nearest), or uint8 for a source of uint8,
+        whose numbers then stay as they are.
+    transform: what is done to each sample, see `Transform`; it may change `item_shape`.
     indices: int64 [M], the samples to use (others are left out); all of them by default.
     rank, world_size: of several processes, each with its rows of every batch (see `set_rank`).
 
@@ -51,6 +61,8 @@ class DataLoader:
         seed: int = 0,
         drop_last: bool = False,
         num_workers: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        transform: Transform | None = None,
         indices: npt.ArrayLike | torch.Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -61,6 +73,9 @@ class DataLoader:
         self.drop_last = bool(drop_last)
         self.num_workers = _workers(num_workers)
         self._source = as_source(source)
+        self.dtype = dtype
+        self.transform = transform
+        _check_form(self._source, dtype, transform)
         self._epoch = self._first_batch = 0
         self.set_rank(rank, world_size)
         chosen = None if indices is None else _indices(indices)
@@ -72,6 +87,8 @@ class DataLoader:
             batch_size=self.batch_size,
             drop_last=self.drop_last,
             workers=self.num_workers,
+            dtype=_DTYPES[dtype],
+            transform=None if transform is None else transform.native(self._source.dtype == np.uint8),
         )
 
     @property
@@ -82,7 +99,7 @@ class DataLoader:
     @property
     def item_shape(self) -> tuple[int, ...]:
         """Shape of one sample of a batch, [C, H, W] for images."""
-        return self._source.item_shape
+        return self._native.item_shape
 
     @property
     def has_labels(self) -> bool:
@@ -127,12 +144,32 @@ class DataLoader:
             rank=self.rank,
             ranks=self.world_size,
         )
-        return _labelled(batches) if self.has_labels else map(torch.from_numpy, batches)
+        tensor = _bfloat16 if self.dtype == torch.bfloat16 else torch.from_numpy
+        if self.has_labels:
+            return ((tensor(x), torch.from_numpy(y)) for x, y in batches)
+        return map(tensor, batches)
 
 
-def _labelled(batches: _native.Batches) -> Iterator[Batch]:
-    for x, y in batches:
-        yield torch.from_numpy(x), torch.from_numpy(y)
+def _bfloat16(bits: npt.NDArray[np.int16]) -> torch.Tensor:
+    return torch.from_numpy(bits).view(torch.bfloat16)
+
+
+def _check_form(source: Source, dtype: torch.dtype, transform: Transform | None) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected torch.float32, bfloat16, float16 or uint8")
+    if dtype == torch.uint8 and source.dtype != np.uint8:
+        got = f"torch.uint8 for {source.name} of {source.dtype}"
+        raise ValueError(f"dtype is {got}, expected a floating point dtype")
+    if transform is None:
+        return
+    if dtype == torch.uint8 and transform.is_scaled:
+        raise ValueError("dtype is torch.uint8 with a transform of scale and shift, expected one of the two")
+    transform.check(source.item_shape)
+    if transform.binarize and source.dtype != np.uint8 and source.in_memory:
+        low, high = source.value_range()
+        if low < 0 or high > 1:
+            got = f"{source.name}: binarize of values from {low:g} to {high:g}"
+            raise DataError(f"{got}, expected probabilities, in [0, 1]")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:
