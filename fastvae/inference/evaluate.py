@@ -123,14 +123,14 @@ def _share(batches: Iterable[Batch], process_group: ProcessGroup | None) -> Iter
     if isinstance(batches, DataLoader) and ranks > 1:  # which reads only what is asked for
         first, end = (r * len(batches) // ranks for r in (rank, rank + 1))
         batches.set_epoch(batches.epoch, first)
-        yield from _with_places(islice(batches, end - first), first * batches.batch_size)
+        yield from with_places(islice(batches, end - first), first * batches.batch_size)
         return
-    for i, (first_row, batch) in enumerate(_with_places(batches)):
+    for i, (first_row, batch) in enumerate(with_places(batches)):
         if i % ranks == rank:
             yield first_row, batch
 
 
-def _with_places(batches: Iterable[Batch], first_row: int = 0) -> Iterator[tuple[int, Batch]]:
+def with_places(batches: Iterable[Batch], first_row: int = 0) -> Iterator[tuple[int, Batch]]:
     """The batches, each with the place of its first row."""
     for batch in batches:
         yield first_row, batch

@@ -1,0 +1,300 @@
+"""log p(x) by importance sampling from the posterior: the importance-weighted bound, and how exact it is.
+
+Source: Burda, Grosse and Salakhutdinov 2016, "Importance Weighted Autoencoders", section 3; the errors are
+those of the delta method, as in Nowozin 2018, "Debiasing Evidence Approximations", section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..models.model import Model, as_model, evaluating, likelihood_of, log_variance_of
+from ..ops import elbo, reparameterize, sample_and_kl
+from .evaluate import Batch, inputs, with_places
+
+# Elements of x_hat that are decoded at a time, and rows: on a CPU they stay in the cache, and below the size
+# from which malloc fetches fresh pages for each tensor; a GPU wants enough to fill it.
+_ELEMENTS = {"cpu": 400_000, "cuda": 1 << 25}
+_ROWS = {"cpu": 1024, "cuda": 1 << 16}
+
+
+class EvaluationError(ValueError):
+    """A model or data that cannot be evaluated so; the message says what was got and what was expected."""
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """ln p(x) of each datum, estimated by K draws z of its posterior with the weights w = p(x, z) / q(z|x).
+
+    All tensors are float64 [N] on the CPU, in the order of the data, in nats where they have a unit.
+
+    n_samples: K.
+    features: D, the elements of one x.
+    log_px: L_K = ln mean_k w_k, whose expectation is at most ln p(x) and rises with K to it.
+    elbo: mean_k ln w_k, which is at most L_K, and whose expectation is the ELBO.
+    kl: KL(q(z|x) || p(z)), in closed form.
+    log_px_variance: Var(w) / (K mean(w)^2), the variance of L_K to first order; NaN for K = 1.
+    elbo_variance: of the mean of ln w; NaN for K = 1.
+    effective_samples: (sum w)^2 / sum w^2, from 1, where one draw has all the weight, to K.
+    """
+
+    n_samples: int
+    features: int
+    log_px: Tensor
+    elbo: Tensor
+    kl: Tensor
+    log_px_variance: Tensor
+    elbo_variance: Tensor
+    effective_samples: Tensor
+
+    @property
+    def estimate(self) -> float:
+        """L_K averaged over the data: the estimate of their mean ln p(x), a lower bound in expectation."""
+        return self.log_px.mean().item()
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """The standard error of `estimate` that the draws of z make; these data are taken as given."""
+        return _error_of_mean(self.log_px_variance)
+
+    @property
+    def data_error(self) -> float:
+        """The standard error of `estimate` as that of all data of which these are a sample; NaN for one."""
+        return _error_over_data(self.log_px)
+
+    @property
+    def bias(self) -> float:
+        """How far `estimate` is expected to be from ln p(x), to first order: -Var(w) / (2 K mean(w)^2) <= 0.
+
+        It is itself an estimate, and too small where few draws have all the weight.
+        """
+        return -0.5 * self.log_px_variance.mean().item()
+
+    @property
+    def gap(self) -> float:
+        """ln p(x) - ELBO averaged over the data, at least 0: the KL of q(z|x) to the true posterior."""
+        return (self.log_px - self.elbo).mean().item()
+
+    @property
+    def elbo_error(self) -> float:
+        """The standard error of the mean ELBO that the draws of z make."""
+        return _error_of_mean(self.elbo_variance)
+
+    @property
+    def elbo_data_error(self) -> float:
+        """The standard error of the mean ELBO over data, as `data_error`."""
+        return _error_over_data(self.elbo)
+
+    def bits_per_dimension(self, levels: int | None = None) -> float:
+        """-ln p(x) / (D ln 2) + log2 of `levels`: what a code by the model takes for one of the D values.
+
+        levels: s for x = (k + u) / s with integers k and u uniform on [0, 1): 255 for pixels. The integers
+            then take at most so many bits (Theis et al. 2016, section 3.1). None is for data that are
+            integers themselves, and have probabilities: bits under "bernoulli".
+        """
+        bits = -self.estimate / (self.features * math.log(2))
+        return bits if levels is None else bits + math.log2(levels)
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    n_samples: int = 100,
+    seed: int = 0,
+    logvar_clamp: tuple[float, float] | None = None,
+) -> LogLikelihood:
+    """ln p(x) of all data by importance sampling, in eval mode and in the precision of the data.
+
+    model: one with `encode` and `decode`, as VAE; "mse" is N(x_hat, I / 2), with its constant.
+    batches: x [B, *item] or (x, y) each. Draw k of a datum depends on `seed`, on k and on the datum's place
+        among the data, not on the batch size.
+    n_samples: K, at least 1. Memory does not grow with it.
+    logvar_clamp: bounds of the posterior's log variance, as in training.
+
+    Raises ValueError for no data, ModelError for a model without encode and decode, EvaluationError where
+    the model's numbers are not finite.
+    """
+    parts = [
+        datum_likelihoods(as_model(model), x, mu, logvar, n_samples=n_samples, seed=seed, first_row=first_row)
+        for first_row, x, mu, logvar in posteriors(model, batches, logvar_clamp)
+    ]
+    return joined(parts)
+
+
+def posteriors(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    logvar_clamp: tuple[float, float] | None = None,
+    prepare: Callable[[Tensor, int], Tensor] | None = None,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(place of the first row, x, mu, logvar) of each batch, on the model's device; empty ones are left out.
+
+    The model is in eval mode meanwhile. prepare: what is done to x first, from x and its place.
+    """
+    model = as_model(model)
+    device = next(model.parameters()).device
+    with evaluating(model), torch.autocast(device.type, enabled=False):
+        for first_row, batch in with_places(batches):
+            (x,) = inputs([batch], device)
+            if len(x) == 0:
+                continue
+            x = x if prepare is None else prepare(x, first_row)
+            mu, logvar = model.encode(x)
+            yield first_row, x, mu, logvar if logvar_clamp is None else logvar.clamp(*logvar_clamp)
+
+
+def joined(parts: list[LogLikelihood]) -> LogLikelihood:
+    """One of all data. Raises ValueError for no data."""
+    if not parts:
+        raise ValueError("batches: got no data to evaluate on, expected at least one batch")
+    names = [field.name for field in fields(LogLikelihood)][2:]
+    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return LogLikelihood(parts[0].n_samples, parts[0].features, **columns)
+
+
+def datum_likelihoods(
+    model: Model, x: Tensor, mu: Tensor, logvar: Tensor, *, n_samples: int, seed: int, first_row: int = 0
+) -> LogLikelihood:
+    """`log_likelihood` of x [B, *item] with its posteriors [B, *latent]; first_row: the place of x[0]."""
+    if n_samples < 1:
+        raise ValueError(f"n_samples: got {n_samples}, expected at least 1")
+    features = math.prod(x.shape[1:])
+    columns: list[tuple[Tensor, ...]] = []
+    for rows, draws in _tiles(len(x), features, x.device.type):
+        place = first_row + rows.start
+        weights = _Weights()
+        repeated = x[rows].repeat(min(draws, n_samples), *[1] * (x.ndim - 1)) if draws > 1 else x[rows]
+        for k, n in _spans(n_samples, draws):
+            weights.update(_log_weights(model, repeated, mu[rows], logvar[rows], _Draws(seed, k, n, place)))
+        _, kl = sample_and_kl(mu[rows], logvar[rows], seed=seed)
+        columns.append((*weights.moments(), kl.double()))
+    log_px, elbo_, log_px_variance, elbo_variance, effective, kl = (
+        torch.cat(column).cpu() for column in zip(*columns, strict=True)
+    )
+    constant = 0.5 * features * math.log(math.pi) if likelihood_of(model) == "mse" else 0.0
+    result = LogLikelihood(
+        n_samples,
+        features,
+        log_px - constant,
+        elbo_ - constant,
+        kl,
+        log_px_variance,
+        elbo_variance,
+        effective,
+    )
+    _check_finite(result, first_row)
+    return result
+
+
+class _Draws(NamedTuple):
+    """Draws k, k + 1, ..., k + n - 1 of the data that begin at `first_row`."""
+
+    seed: int
+    k: int
+    n: int
+    first_row: int
+
+
+def _log_weights(model: Model, x: Tensor, mu: Tensor, logvar: Tensor, draws: _Draws) -> Tensor:
+    """ln w of each draw and datum, float64 [n, B], less the constant of "mse".
+
+    x: [n * B or more, *item], the data n times over.
+    """
+    seed, k, n, first_row = draws
+    zeros = torch.zeros_like(mu)
+    eps = reparameterize(zeros, zeros, n_samples=n, seed=seed, offset=k, first_row=first_row)
+    z = torch.addcmul(mu, torch.exp(0.5 * logvar), eps)
+    # ln q(z|x) - ln p(z), where the constants cancel
+    ratio = 0.5 * (((z - eps) * (z + eps)).flatten(2).sum(2) - logvar.flatten(1).sum(1))
+    negative = elbo(
+        model.decode(z.flatten(0, 1)),
+        x[: n * len(mu)],
+        kl=ratio.flatten(),
+        likelihood=likelihood_of(model),
+        log_variance=log_variance_of(model),
+        reduction="none",
+    ).loss
+    return -negative.double().view(n, len(mu))
+
+
+class _Weights:
+    """The moments of w and of ln w over all draws, [B] each, from some draws at a time, stable in log space.
+
+    Sums of w are relative to the largest w; ln w is merged as by Chan, Golub and LeVeque 1979.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def update(self, log_w: Tensor) -> None:
+        """Take in ln w of more draws, [n, B]."""
+        n = len(log_w)
+        variance, mean = torch.var_mean(log_w, 0, correction=0)
+        largest = log_w.amax(0)
+        w = torch.exp(log_w - largest)
+        own = (largest, w.sum(0), w.square().sum(0), mean, variance * n)
+        if self.count == 0:
+            self.count, self._sums = n, own
+            return
+        total = self.count + n
+        top = torch.maximum(self._sums[0], largest)
+        old, new = torch.exp(self._sums[0] - top), torch.exp(largest - top)
+        delta = mean - self._sums[3]
+        self._sums = (
+            top,
+            self._sums[1] * old + own[1] * new,
+            self._sums[2] * old.square() + own[2] * new.square(),
+            self._sums[3] + delta * (n / total),
+            self._sums[4] + own[4] + delta.square() * (self.count * n / total),
+        )
+        self.count = total
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """ln mean w, mean ln w, the variance of the first to first order, that of the second, and the draws
+        that count."""
+        largest, total, squares, mean, deviations = self._sums
+        n = self.count
+        effective = total.square() / squares
+        # sum of (w - mean)^2 / (n (n - 1) mean^2)
+        unused = torch.full_like(total, math.nan) if n == 1 else (n / effective - 1).clamp(min=0) / (n - 1)
+        elbo_variance = torch.full_like(total, math.nan) if n == 1 else deviations / (n * (n - 1))
+        return largest + torch.log(total / n), mean, unused, elbo_variance, effective
+
+
+def _tiles(n_data: int, features: int, device: str) -> Iterator[tuple[slice, int]]:
+    """The data in pieces, and how many draws of each to decode at a time."""
+    kind = device if device in _ROWS else "cuda"
+    rows = max(1, min(_ROWS[kind], _ELEMENTS[kind] // max(features, 1)))
+    for first, n in _spans(n_data, rows):
+        yield slice(first, first + n), max(1, round(rows / n))
+
+
+def _spans(n: int, size: int) -> Iterator[tuple[int, int]]:
+    """[0, n) in pieces of at most `size`: where each begins, and how long it is."""
+    for first in range(0, n, size):
+        yield first, min(size, n - first)
+
+
+def _error_of_mean(variances: Tensor) -> float:
+    return variances.sum().sqrt().item() / len(variances)
+
+
+def _error_over_data(values: Tensor) -> float:
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _check_finite(result: LogLikelihood, first_row: int) -> None:
+    bad = ~(result.log_px.isfinite() & result.elbo.isfinite() & result.kl.isfinite())
+    if bad.any():
+        place = int(bad.nonzero()[0])
+        got = f"ln p(x) {result.log_px[place]:g}, ELBO {result.elbo[place]:g}, KL {result.kl[place]:g}"
+        where = f"for datum {first_row + place}, expected finite numbers"
+        raise EvaluationError(f"model: got {got} {where}; its weights, or x, may hold some that are not")

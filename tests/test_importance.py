@@ -1,0 +1,255 @@
+"""log p(x) by importance sampling, against closed forms, quadrature and the formula written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, MultivariateNormal, Normal
+
+import fastvae
+from fastvae.inference import importance
+from fastvae.inference.importance import EvaluationError, datum_likelihoods, log_likelihood
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+D, Z, N = 6, 3, 400
+
+
+class LinearGaussian(nn.Module):
+    """p(z) = N(0, I), p(x|z) = N(W z + b, s I); q is the true posterior, its means moved and its variances
+    scaled."""
+
+    def __init__(self, likelihood: str, move: float = 0.0, widen: float = 1.0) -> None:
+        super().__init__()
+        # columns that are orthogonal, so that the true posterior is diagonal
+        q, _ = torch.linalg.qr(torch.randn(D, Z, dtype=torch.float64))
+        self.weight = nn.Parameter(q * torch.tensor([2.0, 1.0, 0.3]))
+        self.bias = nn.Parameter(torch.randn(D, dtype=torch.float64))
+        self.likelihood = likelihood
+        self.variance = 0.5 if likelihood == "mse" else 0.2
+        if likelihood == "gaussian":
+            self.log_variance = nn.Parameter(torch.tensor(math.log(self.variance), dtype=torch.float64))
+        self.move, self.widen = move, widen
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        precision = 1 + self.weight.square().sum(0) / self.variance
+        mu = (x - self.bias) @ self.weight / self.variance / precision
+        std = precision.rsqrt()
+        return mu + self.move * std, (2 * (std * self.widen).log()).expand_as(mu)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z @ self.weight.T + self.bias
+
+    def data(self, n: int = N) -> Tensor:
+        with torch.no_grad():
+            x_hat = self.decode(torch.randn(n, Z, dtype=torch.float64))
+            return x_hat + math.sqrt(self.variance) * torch.randn_like(x_hat)
+
+    def log_px(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            covariance = self.weight @ self.weight.T + self.variance * torch.eye(D, dtype=torch.float64)
+            return MultivariateNormal(self.bias, covariance).log_prob(x)
+
+
+@pytest.mark.parametrize("likelihood", ["mse", "gaussian"])
+def test_linear_gaussian_meets_its_closed_form(likelihood: str) -> None:
+    """Within Monte Carlo errors and the bias: 6 of these, 2e-9 of normal runs are outside."""
+    model = LinearGaussian(likelihood, move=0.3, widen=1.2)
+    x = model.data()
+    found = log_likelihood(model, x.split(150), n_samples=300, seed=3)
+    truth = model.log_px(x)
+    assert 0 < found.monte_carlo_error < 0.01
+    assert found.bias < 0
+    assert abs(found.estimate - truth.mean().item()) <= 6 * found.monte_carlo_error - 1.5 * found.bias
+    # the errors are of the right size: a chi-squared of N, whose relative standard deviation is sqrt(2 / N),
+    # and more as weights are skewed
+    chi2 = ((found.log_px - truth) ** 2 / found.log_px_variance).mean().item()
+    assert 0.5 < chi2 < 1.8
+    assert found.data_error == pytest.approx(found.log_px.std().item() / math.sqrt(N))
+    # q's distance from the true posterior, in closed form, is the gap
+    kl = Z * (0.5 * (1.2**2 + 0.3**2 - 1) - math.log(1.2))
+    assert abs(found.gap - kl) <= 6 * (found.monte_carlo_error + found.elbo_error) - 1.5 * found.bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_at_the_true_posterior_all_weights_are_equal(dtype: torch.dtype) -> None:
+    model = LinearGaussian("gaussian")
+    x = model.data()
+    truth = model.log_px(x)
+    found = log_likelihood(model.to(dtype), [x.to(dtype)], n_samples=40)
+    precision = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(found.log_px, truth, rtol=0, atol=precision * truth.abs().max().item())
+    torch.testing.assert_close(found.elbo, found.log_px, rtol=0, atol=precision * truth.abs().max().item())
+    assert found.effective_samples.min() > 40 * (1 - 40 * precision)
+    assert found.monte_carlo_error < math.sqrt(precision)  # of differences of numbers near 1
+    assert found.gap < 20 * precision
+
+
+def test_bounds_rise_with_the_number_of_samples() -> None:
+    model = LinearGaussian("mse", move=1.0, widen=1.1)
+    x = model.data(4000)
+    truth = model.log_px(x).mean().item()
+    bounds = [log_likelihood(model, [x], n_samples=k, seed=k) for k in (1, 5, 50)]
+    elbo = truth - Z * (0.5 * (1.1**2 + 1.0**2 - 1) - math.log(1.1))
+    # L_1 is the ELBO by one draw, whose error over data that are compared with themselves is a draw's alone
+    error = (bounds[0].log_px - model.log_px(x)).std().item() / math.sqrt(4000)
+    assert abs(bounds[0].estimate - elbo) < 6 * error
+    assert bounds[0].estimate + 0.2 < bounds[1].estimate
+    assert bounds[1].estimate + 0.05 < bounds[2].estimate
+    assert bounds[2].estimate < truth + 6 * bounds[2].monte_carlo_error
+    assert math.isnan(bounds[0].monte_carlo_error)
+
+
+class Curved(nn.Module):
+    """Two latents, a decoder that bends."""
+
+    likelihood = "gaussian"
+    log_variance = math.log(0.3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2, 8), nn.Linear(8, 3)
+        self.double()
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.outer(torch.tanh(2 * self.inner(z)))
+
+
+def test_meets_quadrature_on_two_latents() -> None:
+    """The trapezoid rule, which converges fast here: the integrand is smooth, and 0 at the borders."""
+    model = Curved()
+    axis = torch.linspace(-7, 7, 281, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        x = model.decode(torch.randn(25, 2, dtype=torch.float64))
+        x += math.sqrt(0.3) * torch.randn_like(x)
+        log_joint = Normal(model.decode(grid)[:, None], math.sqrt(0.3)).log_prob(x).sum(2)
+        log_joint += Normal(0.0, 1.0).log_prob(grid).sum(1)[:, None]
+    truth = log_joint.logsumexp(0) + 2 * math.log(axis[1] - axis[0])
+    # a wide q with the mean of the true posterior, so that the weights are bounded well
+    posterior = log_joint.softmax(0).T
+    mu = posterior @ grid
+    variance = posterior @ grid.square() - mu.square()
+    with torch.no_grad():
+        found = datum_likelihoods(model, x, mu, (2 * variance).log(), n_samples=4000, seed=5)
+    assert abs(found.estimate - truth.mean().item()) <= 6 * found.monte_carlo_error - 1.5 * found.bias
+    assert found.monte_carlo_error < 0.02
+
+
+class Own(nn.Module):
+    """A model with latents in two dimensions and a variance for each feature."""
+
+    def __init__(self, likelihood: str) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(D, 2 * 4), nn.Linear(4, D)
+        self.likelihood = likelihood
+        if likelihood == "gaussian":
+            self.log_variance = nn.Parameter(torch.randn(2, 3))
+        self.double()
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.inner(x.flatten(1)).view(-1, 2, 2, 2).unbind(1)
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.outer(z.flatten(1)).view(-1, 2, 3)
+
+
+@pytest.mark.parametrize("likelihood", ["mse", "gaussian", "bernoulli"])
+def test_is_the_formula_written_out(likelihood: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every likelihood, however data and draws are divided, whatever the batches."""
+    model, n, k = Own(likelihood), 23, 37
+    x = (torch.rand(n, 2, 3, dtype=torch.float64) < 0.4).double()
+    with torch.no_grad():
+        mu, logvar = model.encode(x)
+        eps = torch.stack([fastvae.reparameterize(0 * mu, 0 * mu, seed=9, offset=i) for i in range(k)])
+        std = (0.5 * logvar).exp()
+        z = mu + std * eps
+        x_hat = model.decode(z.flatten(0, 1)).view(k, n, 2, 3)
+        if likelihood == "bernoulli":
+            log_pxz = Bernoulli(logits=x_hat).log_prob(x)
+        else:
+            variance = torch.tensor(0.5).double() if likelihood == "mse" else model.log_variance.exp()
+            log_pxz = Normal(x_hat, variance.sqrt()).log_prob(x)
+        log_ratio = Normal(0.0, 1.0).log_prob(z) - Normal(mu, std).log_prob(z)
+        log_w = log_pxz.flatten(2).sum(2) + log_ratio.flatten(2).sum(2)
+    w = log_w.exp()
+    expected = {
+        "log_px": log_w.logsumexp(0) - math.log(k),
+        "elbo": log_w.mean(0),
+        "kl": (0.5 * (mu**2 + std**2 - 1) - std.log()).flatten(1).sum(1),
+        "log_px_variance": w.var(0) / (k * w.mean(0) ** 2),
+        "elbo_variance": log_w.var(0) / k,
+        "effective_samples": w.sum(0) ** 2 / (w**2).sum(0),
+    }
+    for rows, sizes in ((1024, [n]), (40, [10, 0, 13]), (7, [9, 14]), (1, [n])):
+        monkeypatch.setitem(importance._ROWS, "cpu", rows)
+        found = log_likelihood(model, x.split(sizes), n_samples=k, seed=9)
+        assert (found.n_samples, found.features) == (k, D)
+        for name, value in expected.items():
+            torch.testing.assert_close(getattr(found, name), value, rtol=1e-9, atol=1e-9, msg=name)
+    s, bits = 255, -expected["log_px"].mean().item() / D / math.log(2)
+    assert found.bits_per_dimension() == pytest.approx(bits)
+    assert found.bits_per_dimension(s) == pytest.approx(bits + math.log2(s))
+
+
+def test_weights_are_summed_in_log_space() -> None:
+    """Over ranges that no float holds."""
+    log_w = 3e4 * torch.randn(60, 50, dtype=torch.float64) - 1e6
+    weights = importance._Weights()
+    for part in log_w.split([1, 9, 20, 30]):
+        weights.update(part)
+    moments = weights.moments()
+    torch.testing.assert_close(moments[0], log_w.logsumexp(0) - math.log(60), rtol=1e-12, atol=0)
+    relative = (log_w - log_w.amax(0)).exp()
+    torch.testing.assert_close(moments[4], relative.sum(0) ** 2 / relative.square().sum(0))
+
+
+def test_memory_does_not_grow_with_the_samples() -> None:
+    model = Own("mse")
+    rows = []
+    decode = model.decode
+    model.decode = lambda z: rows.append(len(z)) or decode(z)
+    x = torch.rand(50, 2, 3, dtype=torch.float64)
+    log_likelihood(model, [x], n_samples=300)
+    assert max(rows) <= 1024 + 50
+    assert sum(rows) == 50 * 300
+    assert min(rows[:-1]) > 900  # and few draws fill the machine as well as many
+
+
+def test_leaves_model_and_generators_as_they_were() -> None:
+    model = nn.Sequential(nn.Dropout()).append(Own("mse"))
+    model.encode, model.decode = model[1].encode, lambda z: model[0](model[1].decode(z))
+    x = torch.rand(5, 2, 3, dtype=torch.float64)
+    state = torch.random.get_rng_state()
+    first, second = (log_likelihood(model.train(), [(x, None)], n_samples=4).log_px for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, log_likelihood(model, [x], n_samples=4, seed=1).log_px)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert model.training
+
+
+def test_clamp_of_logvar_is_that_of_training() -> None:
+    model, x = Own("mse"), torch.rand(5, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        mu, logvar = model.encode(x)
+        expected = datum_likelihoods(model, x, mu, logvar.clamp(-0.1, 0.1), n_samples=3, seed=0)
+    found = log_likelihood(model, [x], n_samples=3, logvar_clamp=(-0.1, 0.1))
+    assert torch.equal(found.log_px, expected.log_px)
+
+
+def test_errors_say_what_is_wrong() -> None:
+    model, x = Own("mse"), torch.rand(9, 2, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="batches: got no data"):
+        log_likelihood(model, [])
+    with pytest.raises(ValueError, match="n_samples: got 0, expected at least 1"):
+        log_likelihood(model, [x], n_samples=0)
+    x[7, 1, 1] = math.nan
+    with pytest.raises(EvaluationError, match="for datum 7, expected finite numbers"):
+        log_likelihood(model, x.split(4))
