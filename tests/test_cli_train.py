@@ -74,7 +74,7 @@ def test_the_run_folder_is_complete(finished):
     run, _ = finished
     assert {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} == {
         "model.safetensors", "config.json", "train.toml", "metrics.jsonl", "summary.json",
-        "reconstructions.png", "samples.png", "checkpoints/best.safetensors",
+        "reconstructions.png", "samples.png", "report.html", "checkpoints/best.safetensors",
         "checkpoints/step-0000000377.safetensors", "checkpoints/step-0000000390.safetensors",
     }  # fmt: skip
 

@@ -204,6 +204,7 @@ def test_latents_that_wake_up_begin_anew():
 def test_digits(tmp_path, capsys):
     """By default in silence; but the variance of mse, 1/2, is more than most of what digits varies."""
     options = ["train", "--data", "digits", "--device", "cpu", "--overwrite", "--out", str(tmp_path)]
+    options += ["--no-report"]
     assert main(options) == 0
     assert WARNING not in capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())

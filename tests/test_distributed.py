@@ -28,6 +28,7 @@ from fastvae.training.launch import _agree_on_start
 
 SCRIPT = str(Path(__file__).parent / "train_on_ranks.py")
 SMALL = ["--data", "digits", "--hidden", "32", "--latent-dim", "4", "--device", "cpu", "--seed", "2"]
+SMALL += ["--no-report"]
 TRAIN = ["-m", "fastvae", "train", *SMALL]
 LONG = ["--epochs", "20", "--batch-size", "64", "--checkpoint-steps", "5"]
 EPOCH = 26  # steps, of LONG

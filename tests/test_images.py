@@ -146,6 +146,7 @@ def test_without_validation_there_are_samples(x) -> None:
 
 def test_the_command_makes_pictures_and_takes_those_of_an_earlier_run_away(tmp_path) -> None:
     options = ["train", "--data", "digits", "--device", "cpu", "--hidden", "8", "--out", str(tmp_path)]
+    options += ["--no-report"]
     assert main([*options, "--epochs", "3", "--image-epochs", "1"]) == 0
     assert len(list((tmp_path / "images").iterdir())) == 6
     (tmp_path / "events.out.tfevents.1.host.2.0").touch()

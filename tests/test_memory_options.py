@@ -221,6 +221,7 @@ def test_all_three_on_the_command_line(tmp_path, monkeypatch) -> None:
     rng = np.random.default_rng(1)
     np.save("data.npy", rng.integers(0, 256, (90, 3, 9, 8), dtype=np.uint8))
     common = ["train", "--data", "data.npy", "--model", "conv", "--epochs", "2", "--device", "cpu"]
+    common += ["--no-report"]
     common += ["--batch-size", "30"]
     options = ["--accumulate", "4", "--checkpoint-activations", "--channels-last"]
     assert main([*common, "--out", "plain"]) == 0

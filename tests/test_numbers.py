@@ -316,6 +316,7 @@ def test_the_command_counts_too(tmp_path, monkeypatch, capsys) -> None:
     np.save("data.npy", _data(4))
     np.save("val.npy", _data())
     small = ["--data", "data.npy", "--val", "val.npy", "--epochs", "2", "--hidden", "8", "--device", "cpu"]
+    small += ["--no-report"]
     assert main(["train", *small, "--out", "a", "--batch-size", "30"]) == 1
     assert "--non-finite skip" in capsys.readouterr().err
     assert main(["train", *small, "--out", "b", "--batch-size", "30", "--non-finite", "skip"]) == 0

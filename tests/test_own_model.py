@@ -401,7 +401,8 @@ def module(tmp_path, monkeypatch):
 
 
 def _train(*options):
-    return main(["train", "--data", "digits", "--epochs", "2", "--batch-size", "512", *options])
+    common = ["--data", "digits", "--epochs", "2", "--batch-size", "512", "--no-report"]
+    return main(["train", *common, *options])
 
 
 def test_a_class_on_the_command_line(module, tmp_path, capsys):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import platform
+import sys
 import time
+import traceback
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +130,8 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
         "versions": _versions(),
     }
     _write_run(out, model, val, summary)
-    _print_end(summary, out)
+    report = _write_report(out, model, val, config) if config.report else None
+    _print_end(summary, out, report)
 
 
 def _options_of_run(arguments: argparse.Namespace) -> TrainConfig:
@@ -234,7 +238,27 @@ def _write_run(out: Path, model: nn.Module, val: DataLoader, summary: dict[str, 
     write_json(out / run_folder.SUMMARY_NAME, summary)
 
 
-def _print_end(summary: dict[str, Any], out: Path) -> None:
+def _write_report(out: Path, model: nn.Module, val: DataLoader, config: TrainConfig) -> Path | None:
+    """Draw the run's report, and say where: None where it fails, with a warning, for the run is whole."""
+    from ..inference import report
+    from ..training.run_folder import REPORT_NAME
+
+    path = out / REPORT_NAME
+    try:
+        run = report.read_run(out)
+        pictures = report.draw(model, val, seed=config.seed, kl_by_latent=run.kl_by_latent)
+        report.write([replace(run, pictures=pictures)], path, version=metadata.version("fastvae"))
+    except Exception as error:
+        if config.debug:
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        again = f"the run is whole; to draw it again: fastvae report {out}"
+        print(f"fastvae: warning: no report: {what}; {again}", file=sys.stderr)
+        return None
+    return path
+
+
+def _print_end(summary: dict[str, Any], out: Path, report: Path | None) -> None:
     print(f"validation loss {summary['val_loss']:.4f} nats, in epoch {summary['best_epoch']}")
     if summary["test_loss"] is not None:
         print(
@@ -242,4 +266,6 @@ def _print_end(summary: dict[str, Any], out: Path) -> None:
             f"recon {summary['test_recon']:.4f}, KL {summary['test_kl']:.4f}"
         )
     print(f"trained on {summary['samples_per_second']:,.0f} samples/s for {summary['seconds']:.1f} s")
+    if report is not None:
+        print(f"report: {report}")
     print(f"run: {out}")

@@ -59,12 +59,27 @@ def load(run: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module
     folder = Path(run)
     if not folder.is_dir():
         raise ModelFilesError(f"{folder}: no such folder, expected a run of fastvae train")
-    config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise ModelFilesError(f"{path}: no such file, expected a folder that a finished run has left")
+    return read(folder / CONFIG_NAME, folder / WEIGHTS_NAME, model)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What config.json says of a model. Raises ModelFilesError."""
+    if not path.is_file():
+        raise ModelFilesError(f"{path}: no such file, expected a folder that a finished run has left")
     try:
-        config = dict(json.loads(config_path.read_bytes()))
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ModelFilesError(f"{path}: expected a model's config as JSON: {error}") from error
+
+
+def read(
+    config_path: Path, weights_path: Path, model: nn.Module | Callable[..., nn.Module] | None = None
+) -> Model:
+    """As `load`, with the weights in any file that fits."""
+    config = read_config(config_path)
+    if not weights_path.is_file():
+        raise ModelFilesError(f"{weights_path}: no such file, expected a folder that a finished run has left")
+    try:
         own = model is not None or ":" in str(config.get("architecture"))
         loaded: Model | None = None if own else VAE.from_config(config)
     except (ValueError, TypeError) as error:

@@ -196,6 +196,7 @@ class TrainConfig(BaseModel):
         description="epochs from one set of reconstructions and samples, in images/, to the next "
         "(default: none)",
     )
+    report: bool = Field(True, description="draw report.html, a page about the run, at its end (default: so)")
     tensorboard: bool = Field(False, description="write TensorBoard's event files into the run folder too")
     download: bool = Field(False, description="fetch named data that is not on this machine")
     debug: bool = Field(False, description="show the traceback of an error")

@@ -16,6 +16,7 @@ SUMMARY_NAME = "summary.json"
 RECONSTRUCTIONS_NAME = "reconstructions.png"
 SAMPLES_NAME = "samples.png"
 IMAGES_NAME = "images"
+REPORT_NAME = "report.html"
 EVENTS_NAME = "events.out.tfevents.*"  # TensorBoard's
 
 OWN_NAMES = (
@@ -28,6 +29,7 @@ OWN_NAMES = (
     RECONSTRUCTIONS_NAME,
     SAMPLES_NAME,
     IMAGES_NAME,
+    REPORT_NAME,
     EVENTS_NAME,
 )
 
