@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...models import as_model
 from ...models.model import decode_mean, evaluating
-from .. import generate, plots
+from .. import generate, paths, plots
 from ..evaluate import Batch
 from . import charts
 from .record import Pictures, Traversal
@@ -55,7 +55,7 @@ def draw(
         means, labels = _posterior_means(model, first, iterator, device)
         latent_shape = means.shape[1:]
         samples = generate.sample(model, SAMPLED, latent_shape=latent_shape, seed=seed)
-        traversals = _traversals(model, means[0].to(device), kl_by_latent)
+        traversals = _traversals(model, means[0], kl_by_latent)
     latents, names = _scatter(means.flatten(1), labels, classes)
     return Pictures(
         samples=_uri(samples),
@@ -88,15 +88,17 @@ def _posterior_means(
 
 def _traversals(model: nn.Module, z: Tensor, kl_by_latent: Sequence[float]) -> tuple[Traversal, ...]:
     """The latents of most KL, each varied around z [*latent]."""
+    device = next(model.parameters()).device
     flat = z.flatten()
     known = len(kl_by_latent) == len(flat)
     order = sorted(range(len(flat)), key=lambda j: -kl_by_latent[j]) if known else range(len(flat))
     used = [j for j in order if not known or kl_by_latent[j] >= USED]
     rows = []
     for j in (used or list(order))[:TRAVERSED]:
-        varied = flat.repeat(STEPS, 1)
-        varied[:, j] = torch.linspace(-REACH, REACH, STEPS)
-        tiles = decode_mean(model, varied.view(STEPS, *z.shape)).cpu()
+        center = flat.clone()
+        center[j] = 0
+        (varied,) = paths.traversal(center.view_as(z), [j], torch.linspace(-REACH, REACH, STEPS))
+        tiles = decode_mean(model, varied.to(device)).cpu()
         rows.append(Traversal(f"z{j}", kl_by_latent[j] if known else None, _uri(tiles, columns=STEPS)))
     return tuple(rows)
 
