@@ -119,6 +119,10 @@ class Rows:
 class DenseRows(Rows):
     def __init__(self, x: npt.NDArray[Any], *, item_shape: Sequence[int], channels_last: bool) -> None: ...
 
+class ShapeRows(Rows):
+    def __init__(self, numbers: npt.NDArray[np.int64] | None) -> None: ...
+    def images(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]: ...
+
 class Loader:
     def __init__(
         self,

@@ -112,7 +112,7 @@ def test_a_missing_set_says_how_to_get_it(cache: Path) -> None:
 def test_unknown_names(name: str, guess: str) -> None:
     with pytest.raises(DataError, match=rf"named '{name}', expected .* or a path; did you mean {guess}\?"):
         resolve(name)
-    with pytest.raises(DataError, match=r"named 'zzz', expected fashion-mnist, mnist, digits or a path$"):
+    with pytest.raises(DataError, match=r"'zzz', expected fashion-mnist, mnist, digits, shapes or a path$"):
         resolve("zzz")
 
 

@@ -196,7 +196,7 @@ def test_damaged_npz(tmp_path: Path) -> None:
 def test_missing_things(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.npy: No such file or directory; expected \.npy"):
         open_source(tmp_path / "nowhere.npy")
-    with pytest.raises(DataError, match=r"a folder without train-images-idx3-ubyte"):
+    with pytest.raises(DataError, match=r"without PNG, .* images and without train-images-idx3-ubyte"):
         open_source(tmp_path)
 
 

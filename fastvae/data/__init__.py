@@ -2,6 +2,7 @@
 
 from .datasets import Dataset, resolve, split
 from .loader import DataLoader
+from .shapes import ShapeSource
 from .sources import ArraySource, DataError, Source, as_source, open_source, source_from_arrays
 from .transform import Transform
 
@@ -10,6 +11,7 @@ __all__ = [
     "DataError",
     "DataLoader",
     "Dataset",
+    "ShapeSource",
     "Source",
     "Transform",
     "as_source",

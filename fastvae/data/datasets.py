@@ -1,26 +1,38 @@
-"""Datasets by name or path: where they lie on this machine, how to fetch them, how to split them."""
+"""Datasets by name or path: what there is, where it lies, how to fetch it, how to split it."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import os
-import shutil
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 import torch  # noqa: F401 -- brings the OpenMP runtime that _native is linked against
 
 from .. import _native
-from .sources import DataError, Source, idx_path, open_idx_folder, open_source, source_from_arrays
+from .shapes import N_IMAGES, ShapeSource
+from .sources import (
+    ArraySource,
+    DataError,
+    Source,
+    idx_path,
+    is_image_folder,
+    open_idx_folder,
+    open_source,
+    source_from_arrays,
+)
 
 _SPLIT_EPOCH = 2**63 - 1  # no pass of a loader has it, so a split is not the order of one
 _TIMEOUT_SECONDS = 60
+_PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,11 @@ class Dataset:
     test: Source | None = None
     note: str | None = None
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the labels 0, 1, ..., where they have names."""
+        return self.train.classes or None
+
 
 @dataclass(frozen=True)
 class Remote:
@@ -41,6 +58,19 @@ class Remote:
     md5: dict[str, str]
     installed: tuple[Path, ...] = ()
     hint: str = ""
+    classes: tuple[str, ...] = ()
+    n_samples: tuple[int, int] = (60_000, 10_000)  # for training and for tests
+    item_shape: tuple[int, ...] = (1, 28, 28)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A set with a name: samples for training and tests, shape of one, where it is or how to get it."""
+
+    name: str
+    n_samples: tuple[int, int]
+    item_shape: tuple[int, ...]
+    where: str
 
 
 REMOTES = {
@@ -54,6 +84,18 @@ REMOTES = {
         },
         installed=(Path("/usr/share/datasets/fashion-mnist"),),
         hint="apt install dataset-fashion-mnist",
+        classes=(
+            "T-shirt/top",
+            "trouser",
+            "pullover",
+            "dress",
+            "coat",
+            "sandal",
+            "shirt",
+            "sneaker",
+            "bag",
+            "ankle boot",
+        ),
     ),
     "mnist": Remote(
         url="https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -65,30 +107,52 @@ REMOTES = {
         },
     ),
 }
-NAMES = (*REMOTES, "digits")
+NAMES = (*REMOTES, "digits", "shapes")
+Report = Callable[[str, int, int], None]  # what is done, how much of it, of how much (0 if that is not known)
 
 
 def resolve(data: str | None, download: bool = False) -> Dataset:
-    """The dataset that `--data` means: a name in NAMES, or a path to a file or to a folder of IDX files.
+    """The dataset that `--data` means: a name in NAMES, or a path to a file or to a folder.
 
-    None is fashion-mnist where it is on the machine, else digits; the note then says so and how to get more.
-    A folder's t10k files are its test set. With download, a named set that is not here is fetched into the
+    shapes:N is N of the shapes, drawn by seed 0; shapes:N:SEED by another. None is fashion-mnist where it is
+    on the machine, else digits; the note then says so and how to get more. A folder holds images, or IDX
+    files, of which t10k is the test set. With download, a named set that is not here is fetched into the
     cache; nothing is fetched otherwise. Raises DataError.
     """
     if data is None:
         return _default(download)
     if data == "digits":
         return _digits()
+    if data == "shapes" or data.startswith("shapes:"):
+        return Dataset("shapes", _shapes(data))
     if data in REMOTES:
         return _remote(data, download)
     path = Path(data)
+    if is_image_folder(path):
+        return Dataset(path.resolve().name, open_source(path))
     if path.is_dir():
         return _folder(path, path.resolve().name)
     if path.exists() or path.suffix or len(path.parts) > 1:
         return Dataset(path.stem, open_source(path))
-    close = difflib.get_close_matches(data, NAMES, n=1)
-    guess = f"; did you mean {close[0]}?" if close else ""
-    raise DataError(f"data: no dataset or path named {data!r}, expected {', '.join(NAMES)} or a path{guess}")
+    expected = f"expected {', '.join(NAMES)} or a path"
+    raise DataError(f"data: no dataset or path named {data!r}, {expected}{_guess(data)}")
+
+
+def known() -> list[Known]:
+    """The sets that have a name, and where they are. Nothing is read."""
+    found = []
+    for name, remote in REMOTES.items():
+        folder = find(name)
+        where = str(folder)
+        if folder is None:
+            where = " or ".join(filter(None, [f"not here: fastvae data fetch {name}", remote.hint]))
+        elif not _is_complete(folder):
+            where = f"{folder}, incomplete: fastvae data fetch {name}"
+        found.append(Known(name, remote.n_samples, remote.item_shape, where))
+    found.append(Known("digits", (1797, 0), (1, 8, 8), "a part of scikit-learn"))
+    shapes = "drawn as they are read; shapes:N is N of them, shapes:N:SEED N others"
+    found.append(Known("shapes", (N_IMAGES, 0), (1, 64, 64), shapes))
+    return found
 
 
 def data_folders() -> list[Path]:
@@ -107,7 +171,17 @@ def find(name: str) -> Path | None:
     return next((folder for folder in folders if idx_path(folder, "train", "images")), None)
 
 
-def fetch(name: str) -> Path:
+def ensure(name: str, report: Report | None = None) -> str:
+    """Fetches the named set unless it is here whole, and says where it is. Raises DataError."""
+    if name in REMOTES:
+        folder = find(name)
+        return f"{folder if folder and _is_complete(folder) else fetch(name, report)}"
+    if name in NAMES:
+        return next(f"nothing to fetch: {entry.where}" for entry in known() if entry.name == name)
+    raise DataError(f"data: no dataset named {name!r}, expected {', '.join(NAMES)}{_guess(name)}")
+
+
+def fetch(name: str, report: Report | None = None) -> Path:
     """Fetches the named set's files that are not there yet, checks them, and returns their folder.
 
     A file appears under its name only when it is whole and its checksum is right. Raises DataError.
@@ -117,7 +191,7 @@ def fetch(name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for file, md5 in remote.md5.items():
             if not (folder / file).is_file():
-                _fetch_file(remote.url + file, folder / file, md5)
+                _fetch_file(remote.url + file, folder / file, md5, report)
     except (OSError, HTTPException) as error:
         raise DataError(f"{name}: could not be fetched from {remote.url} to {folder} ({error})") from error
     return folder
@@ -153,16 +227,18 @@ def _remote(name: str, download: bool) -> Dataset:
         place = f"put its IDX files into {data_folders()[0] / name}"
         ways = ", ".join(filter(None, ["--download", REMOTES[name].hint, place]))
         raise DataError(f"data: {name} is not on this machine; get it by one of: {ways}")
-    return _folder(folder, name)
+    return _folder(folder, name, REMOTES[name].classes)
 
 
 def _is_complete(folder: Path) -> bool:
     return all(idx_path(folder, split, kind) for split in ("train", "t10k") for kind in ("images", "labels"))
 
 
-def _folder(folder: Path, name: str) -> Dataset:
-    test = open_idx_folder(folder, "t10k") if idx_path(folder, "t10k", "images") else None
-    return Dataset(name, open_idx_folder(folder, "train"), test)
+def _folder(folder: Path, name: str, classes: tuple[str, ...] = ()) -> Dataset:
+    def opened(split: str) -> ArraySource:
+        return replace(open_idx_folder(folder, split), classes=classes)
+
+    return Dataset(name, opened("train"), opened("t10k") if idx_path(folder, "t10k", "images") else None)
 
 
 def _digits() -> Dataset:
@@ -174,16 +250,47 @@ def _digits() -> Dataset:
     return Dataset("digits", source_from_arrays(images, digits.target, "digits"))
 
 
-def _fetch_file(url: str, target: Path, md5: str) -> None:
+def _shapes(data: str) -> ShapeSource:
+    """shapes, shapes:N or shapes:N:SEED."""
+    numbers = data.split(":")[1:]
+    try:
+        if len(numbers) > 2:
+            raise ValueError(f"{len(numbers)} numbers")
+        return ShapeSource(*map(int, numbers))
+    except ValueError as error:
+        expected = "shapes, shapes:N or shapes:N:SEED, as shapes:50000"
+        raise DataError(f"data: got {data!r}, expected {expected}") from error
+
+
+def _guess(name: str) -> str:
+    close = difflib.get_close_matches(name, NAMES, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _fetch_file(url: str, target: Path, md5: str, report: Report | None) -> None:
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as partial:
         try:
             with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-                shutil.copyfileobj(response, partial)
-            partial.flush()
-            got = hashlib.md5(Path(partial.name).read_bytes(), usedforsecurity=False).hexdigest()
+                total = int(response.headers.get("Content-Length") or 0)
+                got = _copy(response, partial, lambda done: report and report(target.name, done, total))
             if got != md5:
+                size = partial.tell()
+                if size < total:
+                    raise DataError(f"{url}: ended after {size:,} of {total:,} bytes; try again")
                 raise DataError(f"{url}: MD5 {got}, expected {md5}; damaged or another file, try again")
+            partial.close()
             os.replace(partial.name, target)
         except BaseException:
             os.unlink(partial.name)
             raise
+
+
+def _copy(stream: IO[bytes], target: IO[bytes], report: Callable[[int], object]) -> str:
+    """Copies all of a stream, and returns its MD5."""
+    digest, done = hashlib.md5(usedforsecurity=False), 0
+    while piece := stream.read(_PIECE_BYTES):
+        target.write(piece)
+        digest.update(piece)
+        done += len(piece)
+        report(done)
+    return digest.hexdigest()

@@ -33,7 +33,7 @@ SourceLike: TypeAlias = "Source | Array | torch.Tensor | tuple[Any, Any] | str |
 
 X_KEYS = ("x", "images", "data", "arr_0")
 Y_KEYS = ("y", "labels", "targets")
-EXTENSIONS = ".npy, .npz, IDX (.gz or not) or a folder of IDX files"
+EXTENSIONS = ".npy, .npz, IDX (.gz or not), or a folder of IDX files or images"
 _IMAGE_CHANNELS = (1, 3, 4)
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _NPY_VERSIONS = ((1, 0), (2, 0), (3, 0))
@@ -58,10 +58,12 @@ class Source(ABC):
 
     y: int64 [N], or None without labels.
     name: what messages call it.
+    classes: the names of the labels 0, 1, ..., where they are known.
     """
 
     y: npt.NDArray[np.int64] | None
     name: str
+    classes: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -109,6 +111,7 @@ class ArraySource(Source):
     y: npt.NDArray[np.int64] | None = None
     name: str = "array"
     channels_last: bool = False
+    classes: tuple[str, ...] = ()
 
     @property
     def n_samples(self) -> int:
@@ -145,7 +148,9 @@ class ArraySource(Source):
         return _native.DenseRows(self.x, item_shape=self.item_shape, channels_last=self.channels_last)
 
 
-def source_from_arrays(x: Array, y: Array | None = None, name: str = "array") -> ArraySource:
+def source_from_arrays(
+    x: Array, y: Array | None = None, name: str = "array", classes: tuple[str, ...] = ()
+) -> ArraySource:
     """A source over arrays in memory or memory-mapped, checked, and copied only where its dtype asks for it.
 
     x [N, D] gives samples [D]; [N, H, W] gives [1, H, W]; [N, H, W, C] and [N, C, H, W] with C in (1, 3, 4)
@@ -161,7 +166,7 @@ def source_from_arrays(x: Array, y: Array | None = None, name: str = "array") ->
     if x.dtype != np.uint8:
         _check_finite(x, name)
     labels = None if y is None else _labels(y, x.shape[0], name)
-    return ArraySource(x, labels, name, channels_last=_is_channels_last(x.shape))
+    return ArraySource(x, labels, name, _is_channels_last(x.shape), classes)
 
 
 def as_source(data: SourceLike) -> Source:
@@ -181,17 +186,19 @@ def as_source(data: SourceLike) -> Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a .npy (memory-mapped), a .npz, an IDX file (gzipped or not), or a folder's IDX training files.
+    """Opens a .npy (memory-mapped), a .npz, an IDX file (gzipped or not), or a folder.
 
-    A .npz holds samples under one of X_KEYS and may hold labels under one of Y_KEYS. Raises DataError.
+    A .npz holds samples under one of X_KEYS and may hold labels under one of Y_KEYS. A .npy has labels where
+    `fastvae data pack` has left its JSON beside it. Of a folder, the IDX training files are opened, or else
+    the images in it are decoded into memory. Raises DataError.
     """
     path = Path(path)
     if os.path.isdir(path):
-        return open_idx_folder(path, "train")
+        return _open_folder(path)
     with _opened(path) as stream:
         start = stream.read(4)
     if start == b"\x93NUM":
-        return source_from_arrays(_map_npy(path), name=str(path))
+        return _open_npy(path)
     if start == b"PK\x03\x04":
         return _open_npz(path)
     if path.suffix in (".npy", ".npz"):
@@ -201,6 +208,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     raise DataError(f"{path}: begins with {start!r}, expected {EXTENSIONS}")
 
 
+def is_image_folder(path: Path) -> bool:
+    """Whether a path is a folder that is read as images: one without IDX training files."""
+    return os.path.isdir(path) and idx_path(path, "train", "images") is None
+
+
 def idx_path(folder: Path, split: str, kind: str) -> Path | None:
     """The IDX file of a split ("train" or "t10k") and kind ("images" or "labels") in a folder, or None."""
     dims = {"images": 3, "labels": 1}[kind]
@@ -208,7 +220,7 @@ def idx_path(folder: Path, split: str, kind: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def open_idx_folder(folder: Path, split: str) -> Source:
+def open_idx_folder(folder: Path, split: str) -> ArraySource:
     """The samples of a split ("train" or "t10k") of a folder of IDX files, with labels where they are there.
 
     Raises DataError.
@@ -243,6 +255,24 @@ def _read_idx(stream: io.BufferedIOBase, room: int, path: Path) -> Array:
         raise DataError(f"{path}: truncated within its header, expected {magic[3]} dimensions")
     shape = struct.unpack(f">{magic[3]}I", sizes)
     return _read_array(stream, shape, np.dtype(_IDX_TYPES[magic[2]]), room, path)
+
+
+def _open_folder(path: Path) -> Source:
+    if not is_image_folder(path):
+        return open_idx_folder(path, "train")
+    from .folders import open_image_folder
+
+    return open_image_folder(path)
+
+
+def _open_npy(path: Path) -> Source:
+    from .packed import read_packed
+
+    x = _map_npy(path)
+    packed = read_packed(path, x.shape)
+    if packed is None:
+        return source_from_arrays(x, name=str(path))
+    return source_from_arrays(x, packed.y, str(path), packed.classes)
 
 
 def _bytes_of(shape: tuple[int, ...], dtype: np.dtype[Any], name: object) -> int:

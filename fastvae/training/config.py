@@ -92,8 +92,9 @@ class TrainConfig(BaseModel):
 
     data: str | None = Field(
         None,
-        description="fashion-mnist, mnist, digits, or a path: .npy, .npz, a folder of IDX files "
-        "(default: fashion-mnist if it is on this machine, else digits)",
+        description="fashion-mnist, mnist, digits, shapes (shapes:N for N of them), or a path: .npy, .npz, a "
+        "folder of images, whose subfolders are labels, or of IDX files (default: fashion-mnist if it is on "
+        "this machine, else digits)",
     )
     val: Annotated[float | str, BeforeValidator(_file_or_fraction)] = Field(
         0.1, description="validation data: a file, or a fraction of the training data"
