@@ -1,0 +1,200 @@
+"""Where the rows of a packed file come from: the images of a folder, or the samples of any other source."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from .folders import ImageFile, Report, SizesError, Survey, classes_of, decoded, image_files, survey
+from .images import ImageError, Pixels, squared
+from .loader import DataLoader
+from .partial import StaleError, State
+from .sources import Array, ArraySource, DataError, Source
+
+_PIECE_BYTES = 1 << 22
+
+
+class CorruptImages(DataError):
+    """Images that cannot be used; `problems` has the name of each and what is wrong with it."""
+
+    def __init__(self, message: str, problems: dict[str, str]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+class Feed(Protocol):
+    """Rows, made again from any row on. `request` says what they are, in JSON's types."""
+
+    request: dict[str, Any]
+    classes: tuple[str, ...]
+
+    def begin(self, state: State | None) -> tuple[tuple[int, ...], int]:
+        """The shape of a row, and the most rows there can be. Raises StaleError if they differ from state."""
+
+    def rows(self, state: State) -> Iterator[tuple[Pixels, str]]:
+        """Rows [n, *shape] from state.rows on, each piece with the digest after it; keeps state.skipped."""
+
+    def labels(self) -> list[int] | None:
+        """Of all rows, once they have been made; None without labels."""
+
+
+class ImageFeed:
+    """The images of a folder.
+
+    A pack is gone on from where the files of its rows are still the first, unchanged; what was skipped may be
+    gone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int | None,
+        channels: int | None,
+        workers: int | None,
+        skips: bool,
+        report: Report | None,
+    ) -> None:
+        self._folder, self._size, self._channels, self._workers = folder, size, channels, workers
+        self._skips, self._report = skips, report
+        self.request: dict[str, Any] = {"source": str(folder.absolute()), "size": size, "channels": channels}
+        self.classes: tuple[str, ...] = ()
+        self._labels = array("q")
+
+    def begin(self, state: State | None) -> tuple[tuple[int, ...], int]:
+        if state is None:
+            self._found = self._survey()
+        else:
+            n, classes = classes_of(self._folder)
+            height, width = state.shape[:2]
+            self._found = Survey(n, classes, height, width, channels=3 if len(state.shape) == 3 else 1)
+        self.classes = self._found.classes
+        self.request["classes"] = list(self.classes)
+        if state is not None and state.request["classes"] != self.request["classes"]:
+            raise _changed(self._folder)
+        return self._found.item_shape, self._found.n_images
+
+    def _survey(self) -> Survey:
+        try:
+            return survey(
+                self._folder, self._size, self._channels, workers=self._workers, report=self._report
+            )
+        except SizesError as error:
+            raise SizesError(f"{error}; make them squares of one size with --size N") from error
+
+    def rows(self, state: State) -> Iterator[tuple[Pixels, str]]:
+        folder, index = self._folder, {name: i for i, name in enumerate(self.classes)}
+        digest, known, state.skipped = hashlib.sha256(), state.skipped, {}
+        self._labels = array("q")
+
+        def keep(file: ImageFile) -> None:
+            digest.update(file.stamp.encode(errors="surrogateescape"))
+            if self.classes:
+                self._labels.append(index[file.subfolder])
+
+        def skip(file: ImageFile, problem: str) -> None:
+            if not self._skips:
+                message = f"{folder / file.name}: {problem}; --on-error skip leaves such images out"
+                raise CorruptImages(message, {file.name: problem})
+            state.skipped[file.stamp] = problem
+
+        files, kept = image_files(folder), 0
+        while kept < state.rows:
+            file = next(files, None)
+            if file is None:
+                raise _changed(folder)
+            if file.stamp in known:
+                skip(file, known[file.stamp])
+            else:
+                keep(file)
+                kept += 1
+        if kept and digest.hexdigest() != state.digest:
+            raise _changed(folder)
+        for file, pixels in decoded(folder, files, self._found, self._size, self._workers):
+            if isinstance(pixels, ImageError):
+                skip(file, str(pixels))
+            else:
+                keep(file)
+                yield pixels[None], digest.hexdigest()
+
+    def labels(self) -> list[int] | None:
+        return self._labels.tolist() if self.classes else None
+
+
+class SourceFeed:
+    """The samples of a source, as uint8."""
+
+    def __init__(self, source: Source, size: int | None) -> None:
+        self._source, self._size = source, size
+        self.classes = source.classes
+        self.request: dict[str, Any] = {
+            "source": source.name,
+            "size": size,
+            "samples": [source.n_samples, *source.item_shape],
+            "modified": _modified(source.name),
+        }
+        if size is not None and (len(source.item_shape) != 3 or source.item_shape[0] not in (1, 3, 4)):
+            got = " x ".join(map(str, source.item_shape))
+            raise DataError(
+                f"{source.name}: items of {got}, expected images of 1, 3 or 4 channels with --size"
+            )
+
+    def begin(self, state: State | None) -> tuple[tuple[int, ...], int]:
+        return self._pixels(next(self._pieces(0)), 0).shape[1:], self._source.n_samples
+
+    def rows(self, state: State) -> Iterator[tuple[Pixels, str]]:
+        first = state.rows
+        for piece in self._pieces(first):
+            yield self._pixels(piece, first), ""
+            first += len(piece)
+
+    def labels(self) -> list[int] | None:
+        return None if self._source.y is None else self._source.y.tolist()
+
+    def _pieces(self, first: int) -> Iterator[Array]:
+        """Samples from `first` on, a multiple of the pieces' length."""
+        step = max(1, _PIECE_BYTES // max(1, 4 * math.prod(self._source.item_shape)))
+        if isinstance(self._source, ArraySource):
+            x = self._source.x
+            yield from (x[i : i + step] for i in range(first, len(x), step))
+            return
+        loader = DataLoader(self._source, step, num_workers=0)
+        loader.set_epoch(0, first // step)
+        for batch in loader:
+            yield (batch[0] if isinstance(batch, tuple) else batch).numpy()
+
+    def _pixels(self, x: Array, first: int) -> Pixels:
+        """uint8 of floating point, images of the size asked for, grey ones without an axis for channels."""
+        if x.dtype != np.uint8:
+            low, high = float(x.min()), float(x.max())
+            if low < 0 or high > 1:
+                found = f"values from {low:g} to {high:g} in samples {first} to {first + len(x) - 1}"
+                expected = "values in [0, 1], which uint8 can hold as k / 255"
+                raise DataError(f"{self._source.name}: {found}, expected {expected}")
+            x = np.rint(x * 255).astype(np.uint8)
+        item = self._source.item_shape
+        if len(item) == 3 and item[0] == 1:
+            x = x.reshape(-1, *item[1:])
+        if self._size is None:
+            return x
+        if x.ndim == 4 and x.shape[1:] == item:
+            x = x.transpose(0, 2, 3, 1)
+        return np.stack([np.array(squared(Image.fromarray(image), self._size)) for image in x])
+
+
+def _changed(source: object) -> StaleError:
+    return StaleError(f"{source}: not as it was when this pack was begun; begin anew with --overwrite")
+
+
+def _modified(path: str) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:  # not a file
+        return None
