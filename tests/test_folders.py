@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastvae import DataLoader
@@ -17,6 +18,15 @@ from fastvae.cli import main
 from fastvae.data import DataError, folders, open_source, resolve
 from fastvae.data.folders import image_files, survey
 from fastvae.data.images import ImageError, decode, measure
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small data: threads would only wait for each other where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -249,9 +259,12 @@ def test_too_much_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         open_source(tmp_path)
 
 
-def test_training_on_a_folder(rng: np.random.Generator, tmp_path: Path, capsys) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_training_on_a_folder(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for i in range(40):
         save(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8), tmp_path / "set" / "ab"[i % 2] / f"{i}.png")
-    options = ["--epochs", "1", "--hidden", "8", "--latent-dim", "2", "--val", "0.25"]
+    options = ["--epochs", "1", "--hidden", "8", "--latent-dim", "2", "--val", "0.25", "--no-report"]
     assert main(["train", "--data", str(tmp_path / "set"), *options, "--out", str(tmp_path / "run")]) == 0
     assert "data: set, items of 3 x 6 x 5, 30 for training, 10 for validation" in capsys.readouterr().out
