@@ -46,6 +46,7 @@ VALUES = {
     "overwrite": (True, False, False),
     "checkpoint_steps": (100, ["200"], 200),
     "image_epochs": (2, ["3"], 3),
+    "weights_epochs": (2, ["3"], 3),
     "report": (False, True, True),
     "tensorboard": (True, False, False),
     "download": (True, False, False),

@@ -10,15 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fastvae import VAE, load
 from fastvae.cli import main
 from fastvae.data import split
+from fastvae.data.datasets import REMOTES
 from fastvae.inference import decode, fit_mixture, interpolation, prior_quantiles, quantile_grid
 from fastvae.inference.plots import CAPTION, GAP, ROW_GAP, ROW_LABEL
+from fastvae.inference.projection import tsne
+from fastvae.inference.scatter import picture, scatter
 
 SEED, LATENTS = 5, 4
 TILE = 80  # of 8 x 8 pixels
@@ -211,7 +216,7 @@ def test_the_grid_over_the_quantiles_of_the_prior(run: Path, model: VAE, look) -
             z[4 - i, j, 2], z[4 - i, j, 0] = values[j], values[i]  # the second grows upwards
     assert_shows(found, mean(model, z))
     look("traverse", "--grid", "--out", "most-used.npy")
-    first, second = kl_order(run)[:2]
+    first, second = sorted(kl_order(run)[:2])
     grid = mean(model, quantile_grid(torch.zeros(LATENTS), (first, second), 20).flatten(0, 1))
     np.testing.assert_allclose(np.load("most-used.npy").reshape(400, 1, 8, 8), grid, atol=1e-5)
 
@@ -374,3 +379,97 @@ def test_a_file_is_written_whole_or_not_at_all(run: Path, look, monkeypatch) -> 
     look("encode", "--batch-size", 100, "--out", "z.npy", status=2)
     assert Path("z.npy").read_bytes() == before
     assert [path.name for path in Path().iterdir()] == ["z.npy"]
+
+
+def shown_at(pixels: np.ndarray, figure, place: tuple[float, float]) -> np.ndarray:
+    """The colour in [0, 1] of a picture [3, H, W] of a figure, at a place in its axes."""
+    x, y = figure.axes[0].transData.transform(place)
+    return pixels[:, round(pixels.shape[1] - y), round(x)] / 255
+
+
+def test_points_have_the_colour_of_their_class_and_a_legend_says_which(seed: int) -> None:
+    points = torch.tensor([[0.0, 0.0], [2.4, 0.0], [0.0, -2.4], [2.4, -2.4]])
+    labels = np.array([7, 3, 3, 12])
+    classes = [f"class {i}" for i in range(9)]
+    figure = scatter(points, labels, classes=classes, axes=("a", "b"), title="t", prior=True)
+    pixels = picture(figure).numpy()
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["class 3", "class 7", "12"]
+    colour = dict(zip((3, 7, 12), (to_rgb(mark.get_color()) for mark in legend.get_lines()), strict=True))
+    for place, label in zip(points.tolist(), labels, strict=True):
+        on_white = 0.8 * np.array(colour[int(label)]) + 0.2
+        np.testing.assert_allclose(shown_at(pixels, figure, place), on_white, atol=0.02)
+    (ax,) = figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("a", "b", "t")
+    circle = [patch.radius for patch in ax.patches]
+    assert circle == [1, 2, 3]
+    assert shown_at(pixels, figure, (math.cos(-1), math.sin(-1))).max() < 0.95  # where latents are plain
+
+
+def test_without_labels_and_with_many(seed: int) -> None:
+    points = torch.randn(500, 2)
+    assert scatter(points).legends == []
+    many = scatter(points, np.arange(500) % 50)
+    assert len(many.axes) == 2  # the second is the scale of colours
+
+
+@pytest.mark.parametrize("options", [[], ["--dims", 3, 1]])
+def test_latents_are_projected(run: Path, model: VAE, look, validation, options: list[object]) -> None:
+    printed = look("latents", *options)
+    look("latents", *options, "--out", "points.npy")
+    points = np.load("points.npy")
+    with torch.no_grad():
+        mu = model.encode(validation)[0].double()
+    if options:
+        np.testing.assert_allclose(points, mu[:, [3, 1]], atol=1e-5)
+        assert printed.endswith("the posterior means of digits (validation), latent 3 and latent 1\n")
+    else:
+        values, directions = torch.linalg.eigh(mu.T.cov())
+        expected = (mu - mu.mean(0)) @ directions[:, [-1, -2]]
+        expected *= torch.sign((expected * torch.from_numpy(points)).sum(0))
+        np.testing.assert_allclose(points, expected, atol=1e-4)
+        share = float(values[-1] / values.sum())
+        assert f"principal component 1 ({share:.0%} of the variance)" in printed
+    with Image.open(run / "latents.png") as image:
+        pixels = np.asarray(image)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+
+
+def test_tsne_keeps_neighbours_together(seed: int) -> None:
+    groups = torch.arange(3).repeat_interleave(20)
+    z = 20 * torch.eye(3)[groups] + torch.randn(60, 3)
+    points = tsne(z, seed=seed)
+    nearest = torch.cdist(points, points).fill_diagonal_(math.inf).argmin(1)
+    assert points.shape == (60, 2)
+    assert (groups[nearest] == groups).double().mean() > 0.8
+
+
+def test_latents_over_the_epochs(look, tmp_path: Path, validation) -> None:
+    options = f"--data digits --epochs 4 --hidden 8 --latent-dim 2 --seed {SEED} --weights-epochs 2"
+    assert main(["train", *options.split(), "--out", "moving"]) == 0
+    kept = [f"epoch-{epoch:06d}.safetensors" for epoch in (0, 2, 4)]
+    assert sorted(path.name for path in Path("moving/checkpoints").glob("epoch-*")) == kept
+    for options in ([], ["--format", "npy"]):
+        assert main(["latents", "moving", "--animate", *options]) == 0
+    points = np.load("moving/latents.npy")
+    assert points.shape == (3, 180, 2)
+    for frame, name in enumerate(kept):
+        model = load("moving")
+        model.load_state_dict(load_file(f"moving/checkpoints/{name}"))
+        with torch.no_grad():
+            np.testing.assert_allclose(points[frame], model.encode(validation)[0], atol=1e-5)
+    with Image.open("moving/latents.gif") as gif:
+        assert gif.n_frames == 3
+        frames = []
+        for frame in range(3):
+            gif.seek(frame)
+            frames.append(np.asarray(gif.convert("L"), int))
+    assert np.abs(frames[2] - frames[0]).max() > 100
+    printed = look("latents", "--animate", status=2)
+    assert "has no weights of its epochs; train it with --weights-epochs 1" in printed
+
+
+def test_fashion_mnist_has_names() -> None:
+    classes = REMOTES["fashion-mnist"].classes
+    assert classes is not None
+    assert (len(classes), classes[0], classes[5], classes[9]) == (10, "T-shirt/top", "sandal", "ankle boot")

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ..training.config import ConfigError
 from ..training.signals import TrainingStopped
-from . import data, decode, encode, interpolate, reconstruct, report, sample, train, traverse
+from . import data, decode, encode, interpolate, latents, reconstruct, report, sample, train, traverse
 
 RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun starts
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -66,7 +66,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(metavar="command", required=True)
     train.add_command(commands)
     data.add_command(commands)
-    for command in (sample, reconstruct, traverse, interpolate, encode, decode, report):
+    for command in (sample, reconstruct, traverse, interpolate, latents, encode, decode, report):
         command.add(commands)
     return parser
 

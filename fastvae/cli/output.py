@@ -64,7 +64,7 @@ def save_picture(path: Path, picture: Tensor) -> None:
         plots.save(file, picture)
 
 
-def save_moving(path: Path, frames: Sequence[Tensor], seconds: float = 0.08) -> None:
+def save_moving(path: Path, frames: Sequence[Tensor], seconds: float | Sequence[float] = 0.08) -> None:
     """Write frames, uint8 [C, H, W] each, as GIF, all or nothing."""
     from ..inference import plots
     from ..models.files import replacing

@@ -194,6 +194,7 @@ def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) 
     Raises ConfigError, and DataError for data that cannot be used.
     """
     from ..data import DataError, DataLoader, resolve
+    from ..data.datasets import REMOTES
 
     name = arguments.data or run.config.data
     if name is None:
@@ -214,7 +215,7 @@ def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) 
             "data", f"got {data.name} with items of {got}, expected {expected}, as {run.folder}"
         )
     labels = source.y if rows is None or source.y is None else source.y[rows]
-    return RunData(f"{data.name} ({which})", loader, source, rows, labels, getattr(data, "classes", None))
+    return RunData(f"{data.name} ({which})", loader, source, rows, labels, source.classes or None)
 
 
 def _part(

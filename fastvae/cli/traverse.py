@@ -104,7 +104,7 @@ def _latents(opened: Run, arguments: argparse.Namespace, kl: list[float] | None)
         if len(latents) < 2 or (arguments.dims is not None and len(latents) > 2):
             got = f"{n} latent" if arguments.dims is None else " ".join(map(str, arguments.dims))
             raise ConfigError("dims" if arguments.dims else "grid", f"got {got}, expected two latents")
-        return latents[:2]
+        return latents[:2] if arguments.dims is not None else sorted(latents[:2])
     return latents if arguments.dims is not None else latents[:SHOWN]
 
 

@@ -52,7 +52,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Remote:
-    """A dataset of gzipped IDX files: where it is fetched from, the MD5 of each, where packages put it."""
+    """A dataset of gzipped IDX files: where it is fetched from, the MD5 of each, where packages put it.
+
+    classes: the names of the labels 0, 1, ..., where they say more than their numbers.
+    """
 
     url: str
     md5: dict[str, str]

@@ -91,14 +91,18 @@ def save(path: str | os.PathLike[str] | IO[bytes], picture: Tensor) -> None:
 
 
 def save_gif(
-    path: str | os.PathLike[str] | IO[bytes], frames: Sequence[Tensor], *, seconds: float = FRAME_SECONDS
+    path: str | os.PathLike[str] | IO[bytes],
+    frames: Sequence[Tensor],
+    *,
+    seconds: float | Sequence[float] = FRAME_SECONDS,
 ) -> None:
     """Write frames, each uint8 [C, H, W], as a GIF that goes on for ever; grey ones keep their values.
 
-    seconds: of each frame, to a hundredth.
+    seconds: of each frame, to a hundredth, or of one after the other.
     """
     first, *others = (_image(frame) for frame in frames)
-    duration = round(1000 * seconds)
+    each = [seconds] * len(frames) if isinstance(seconds, float) else seconds
+    duration = [round(1000 * time) for time in each]
     first.save(path, "GIF", save_all=True, append_images=others, duration=duration, loop=0, optimize=False)
 
 

@@ -86,17 +86,22 @@ def read(
         raise ModelFilesError(f"{config_path}: expected a model's config as JSON: {error}") from error
     if loaded is None:
         loaded = _own(model, config, config_path)
+    load_weights(loaded, weights_path)
+    return loaded.eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill `model` with the weights of a safetensors file. Raises ModelFilesError, OSError."""
     try:
-        weights = safetensors.torch.load_file(weights_path)
+        weights = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ModelFilesError(f"{weights_path}: expected a safetensors file: {error}") from error
+        raise ModelFilesError(f"{path}: expected a safetensors file: {error}") from error
     try:
-        loaded.load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         first_line, *details = str(error).splitlines()
         detail = details[0].strip() if details else first_line
-        raise ModelFilesError(f"{weights_path}: does not fit {config_path.name}: {detail}") from error
-    return loaded.eval()
+        raise ModelFilesError(f"{path}: does not fit {CONFIG_NAME}: {detail}") from error
 
 
 def _own(

@@ -74,6 +74,10 @@ class CheckpointWriter:
         """Replace best.safetensors, the weights alone."""
         save_weights(self.folder / BEST_NAME, weights)
 
+    def save_epoch(self, epoch: int, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights after an epoch; 0 is before the first."""
+        save_weights(self.folder / f"epoch-{epoch:06d}.safetensors", weights)
+
     def wait(self) -> None:
         """Wait until nothing is being written; raises the OSError of a write that failed."""
         if self._thread is not None:
@@ -107,6 +111,12 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
     return sorted((run / CHECKPOINTS_NAME).glob("step-*.safetensors"), reverse=True)
+
+
+def weights_of_epochs(run: Path) -> list[tuple[int, Path]]:
+    """The epochs whose weights a run has kept, in their order, and where these are."""
+    found = sorted((run / CHECKPOINTS_NAME).glob("epoch-*.safetensors"))
+    return [(int(path.stem.removeprefix("epoch-")), path) for path in found]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

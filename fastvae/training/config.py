@@ -197,6 +197,12 @@ class TrainConfig(BaseModel):
         description="epochs from one set of reconstructions and samples, in images/, to the next "
         "(default: none)",
     )
+    weights_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="epochs from one copy of the weights that stays, in checkpoints/, to the next, for "
+        "fastvae latents --animate (default: none)",
+    )
     report: bool = Field(True, description="draw report.html, a page about the run, at its end (default: so)")
     tensorboard: bool = Field(False, description="write TensorBoard's event files into the run folder too")
     download: bool = Field(False, description="fetch named data that is not on this machine")

@@ -71,8 +71,8 @@ class Trainer:
     config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out`
         also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every
         `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors; `image_epochs`
-        (reconstructions are of the first validation data) and `tensorboard`. The other options describe what
-        is given here.
+        (reconstructions are of the first validation data), `weights_epochs` and `tensorboard`. The other
+        options describe what is given here.
     resume: go on with the run that is in `out`, from its newest checkpoint.
     callbacks: what else is told of the training, see `fastvae.Callback`.
 
@@ -226,6 +226,8 @@ class Trainer:
         watch = CollapseWatch(self.config, epochs * len(self.train), self.loss.spec.likelihood)
         for row in progress.history:
             watch.update(row)
+        if writer is not None and self.config.weights_epochs is not None and not self.resume:
+            writer.save_epoch(0, self.model.state_dict())
         with Telemetry(epochs, len(self.train)) as telemetry:
             while progress.epoch <= epochs and not progress.out_of_patience(self.config.patience):
                 for _ in self._train_epoch(step, progress, telemetry, gpu):
@@ -357,6 +359,9 @@ class Trainer:
             )
             if writer is not None:
                 writer.save_best(best_weights)
+        every = self.config.weights_epochs
+        if writer is not None and every is not None and progress.epoch % every == 0:
+            writer.save_epoch(progress.epoch, self.model.state_dict())
         if self.folder is not None and self.ranks.is_first:
             with open(self.folder / METRICS_NAME, "a") as file:
                 file.write(json.dumps(row) + "\n")

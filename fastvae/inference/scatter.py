@@ -1,0 +1,105 @@
+"""Points of the latent space, coloured by label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INCHES = (7.0, 5.6)
+DPI = 120
+IN_A_LEGEND = 20  # classes; more are shown by a scale of colours
+
+
+def scatter(
+    points: Tensor,
+    labels: npt.NDArray[np.int64] | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    axes: tuple[str, str] = ("", ""),
+    title: str = "",
+    limits: tuple[tuple[float, float], tuple[float, float]] | None = None,
+    prior: bool = False,
+    ticks: bool = True,
+) -> Figure:
+    """A figure of points [N, 2], each class in its colour, drawn in a mixed order, with a legend.
+
+    labels: int64 [N]. classes: the names of the labels 0, 1, ...; the labels themselves without. limits: of
+    the two axes; those of the points without. prior: with circles at one, two and three standard deviations
+    of N(0, I), and one scale for both axes. ticks: whether the numbers of the axes mean something.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Circle
+
+    figure = Figure(INCHES, DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.add_subplot()
+    order = np.random.default_rng(0).permutation(len(points))  # so that no class covers the others
+    x, y = points.numpy()[order].T
+    kinds = [] if labels is None else np.unique(labels).tolist()
+    colours: Any = ["tab:blue"]
+    if labels is not None and len(kinds) <= IN_A_LEGEND:
+        colour_of = colormaps["tab10" if len(kinds) <= 10 else "tab20"]
+        colours = colour_of(np.searchsorted(kinds, labels[order]))
+        named = [classes[kind] if classes and 0 <= kind < len(classes) else str(kind) for kind in kinds]
+        marks = [
+            Line2D([], [], marker="o", linestyle="", color=colour_of(i), label=name)
+            for i, name in enumerate(named)
+        ]
+        figure.legend(handles=marks, loc="outside right center", frameon=False, handletextpad=0.1)
+    elif labels is not None:
+        scale = ScalarMappable(Normalize(min(kinds), max(kinds)), "viridis")
+        colours = scale.to_rgba(labels[order])
+        figure.colorbar(scale, ax=ax, label="label")
+    ax.scatter(x, y, s=40_000 / (len(x) + 4000), c=colours, alpha=0.8, linewidths=0)
+    if limits is None:
+        limits = limits_of(points)
+    ax.set_xlim(limits[0])
+    ax.set_ylim(limits[1])
+    if prior:
+        ax.set_aspect("equal")
+        for radius in (1, 2, 3):
+            ax.add_patch(Circle((0, 0), radius, fill=False, color="0.75", linewidth=0.8, zorder=0))
+            if limits[1][0] < radius < limits[1][1]:
+                text = ax.text(0, radius, rf"{radius}$\sigma$", ha="center", va="center", fontsize=7)
+                text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
+    if not ticks:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    ax.set_xlabel(axes[0])
+    ax.set_ylabel(axes[1])
+    ax.set_title(title, fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def limits_of(points: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Limits of the two axes that show points [N, 2], but for one in a thousand, with a margin."""
+    quantiles = points.new_tensor([0.0005, 0.9995])
+    low, high = torch.quantile(points, quantiles, dim=0)
+    margin = 0.05 * (high - low).clamp_min(1e-6)
+    (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
+    return (left, right), (bottom, top)
+
+
+def picture(figure: Figure) -> Tensor:
+    """The figure as uint8 [3, H, W]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
