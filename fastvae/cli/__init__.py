@@ -13,7 +13,19 @@ from typing import NoReturn
 
 from ..training.config import ConfigError
 from ..training.signals import TrainingStopped
-from . import data, decode, encode, interpolate, latents, reconstruct, report, sample, train, traverse
+from . import (
+    data,
+    decode,
+    encode,
+    evaluate,
+    interpolate,
+    latents,
+    reconstruct,
+    report,
+    sample,
+    train,
+    traverse,
+)
 
 RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun starts
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -65,8 +77,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"fastvae {version}")
     commands = parser.add_subparsers(metavar="command", required=True)
     train.add_command(commands)
-    data.add_command(commands)
-    for command in (sample, reconstruct, traverse, interpolate, latents, encode, decode, report):
+    for command in (sample, reconstruct, traverse, interpolate, latents, encode, decode, evaluate, report):
         command.add(commands)
     return parser
 

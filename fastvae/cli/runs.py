@@ -194,7 +194,6 @@ def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) 
     Raises ConfigError, and DataError for data that cannot be used.
     """
     from ..data import DataError, DataLoader, resolve
-    from ..data.datasets import REMOTES
 
     name = arguments.data or run.config.data
     if name is None:

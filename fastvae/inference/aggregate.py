@@ -91,8 +91,13 @@ class AggregatePosterior:
         order = place.argsort()
         mu, logvar, eps = (t[order].double() for t in (mu, logvar, eps))
         logvar = logvar.clamp(min=_SMALLEST_LOGVAR)
-        own = -0.5 * (eps.square() + logvar).sum(1) - 0.5 * latents * math.log(2 * math.pi)
-        information = own - log_mixture(mu + torch.exp(0.5 * logvar) * eps, mu, logvar)
+        z = mu + torch.exp(0.5 * logvar) * eps
+        constant = 0.5 * latents * math.log(2 * math.pi)
+        own = -0.5 * (eps.square() + logvar).sum(1) - constant
+        information = own - log_mixture(z, mu, logvar)
+        # ln q(z|x) - ln p(z) less its expectation, which takes the noise out where q(z) is near p(z)
+        prior = -0.5 * z.square().sum(1) - constant
+        information = _controlled(information, own - prior - kl_elements(mu, logvar).sum(1))
         n = len(information)
         mutual = information.mean().item()
         kl = self._kl / self.count
@@ -140,6 +145,13 @@ class AggregatePosterior:
         self._mean = self._mean.to(mu.device) + delta * (n / self.count)
         self._scatter = self._scatter.to(mu.device) + scatter
         self._noise = self._noise.to(mu.device) + logvar.exp().sum(0)
+
+
+def _controlled(values: Tensor, control: Tensor) -> Tensor:
+    """`values` less the multiple of `control`, of expectation 0, that makes them vary least."""
+    spread = control.square().sum()
+    slope = ((values - values.mean()) * control).sum() / spread if spread > 0 else 0.0
+    return values - slope * control
 
 
 def log_mixture(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Judgement:
             "aggregate_covariance": None if covariance is None else covariance.tolist(),
             "aggregate_kl_to_prior": aggregate.kl_to_prior,
             "mutual_information": aggregate.mutual_information,
-            "mutual_information_error": _number(aggregate.error),
+            "mutual_information_monte_carlo_error": _number(aggregate.error),
             "mutual_information_limit": math.log(aggregate.n_mixture),
             "aggregate_n_mixture": aggregate.n_mixture,
             "squared_error": self.squared_error,

@@ -13,6 +13,7 @@ CHECKPOINTS_NAME = "checkpoints"
 METRICS_NAME = "metrics.jsonl"
 OPTIONS_NAME = "train.toml"
 SUMMARY_NAME = "summary.json"
+EVALUATION_NAME = "evaluation.json"  # of fastvae evaluate
 RECONSTRUCTIONS_NAME = "reconstructions.png"
 SAMPLES_NAME = "samples.png"
 IMAGES_NAME = "images"
@@ -26,6 +27,7 @@ OWN_NAMES = (
     METRICS_NAME,
     OPTIONS_NAME,
     SUMMARY_NAME,
+    EVALUATION_NAME,
     RECONSTRUCTIONS_NAME,
     SAMPLES_NAME,
     IMAGES_NAME,
