@@ -59,7 +59,10 @@ def load(run: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module
     folder = Path(run)
     if not folder.is_dir():
         raise ModelFilesError(f"{folder}: no such folder, expected a run of fastvae train")
-    return read(folder / CONFIG_NAME, folder / WEIGHTS_NAME, model)
+    loaded = read(folder / CONFIG_NAME, folder / WEIGHTS_NAME, model)
+    if isinstance(loaded, VAE):
+        loaded._run = folder
+    return loaded
 
 
 def read_config(path: Path) -> dict[str, Any]:

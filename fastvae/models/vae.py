@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..ops import reparameterize
 from ..ops.types import Likelihood
 from .conv import ConvDecoder, ConvEncoder
+from .hub import Hub
 from .mlp import MLPDecoder, MLPEncoder
-from .model import LIKELIHOODS, Model
+from .model import LIKELIHOODS, Model, evaluating
 
 
-class VAE(Model):
+class VAE(Hub, Model):
     """A variational autoencoder (Kingma and Welling 2014).
 
     encoder: module, x [B, *item] -> (mu, logvar), [B, Z] each: the posterior q(z|x) = N(mu, exp(logvar)).
@@ -147,6 +148,23 @@ class VAE(Model):
         """z [..., Z] -> the mean of p(x|z), [..., *item]."""
         x_hat = self.decode(z)
         return x_hat.sigmoid() if self.likelihood == "bernoulli" else x_hat
+
+    @torch.no_grad()
+    def sample(self, n: int, *, temperature: float = 1.0, seed: int | None = None) -> Tensor:
+        """The means of p(x|z) for n draws z of the prior, in eval mode, on the model's device: [n, *item].
+
+        temperature: a factor of the prior's standard deviation. seed: the same z on every device; None draws
+        from torch's generator of the CPU. See `fastvae.inference.sample` for draws of x, in batches.
+        Raises ValueError for a model that is not VAE.mlp or VAE.conv.
+        """
+        if self._config is None:
+            raise ValueError(
+                "model: has a decoder of its own, expected VAE.mlp or VAE.conv; use decode_mean(z)"
+            )
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        z = temperature * torch.randn(n, self._config["latent_dim"], generator=generator)
+        with evaluating(self):
+            return self.decode_mean(z.to(next(self.parameters()).device))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, *item] -> (x_hat [B, *item], mu [B, Z], logvar [B, Z]), with one draw z of q(z|x)."""
