@@ -18,6 +18,7 @@ from . import (
     decode,
     encode,
     evaluate,
+    export,
     interpolate,
     latents,
     reconstruct,
@@ -25,6 +26,21 @@ from . import (
     sample,
     train,
     traverse,
+)
+
+COMMANDS = (  # in the order of the help
+    train,
+    sample,
+    reconstruct,
+    traverse,
+    interpolate,
+    latents,
+    evaluate,
+    report,
+    encode,
+    decode,
+    export,
+    data,
 )
 
 RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun starts
@@ -72,12 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="fastvae", description="Train variational autoencoders.", allow_abbrev=False)
+    parser = _Parser(
+        prog="fastvae", description="Train variational autoencoders, and use them.", allow_abbrev=False
+    )
     version = importlib.metadata.version("fastvae")
     parser.add_argument("--version", action="version", version=f"fastvae {version}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    train.add_command(commands)
-    for command in (sample, reconstruct, traverse, interpolate, latents, encode, decode, evaluate, report):
+    for command in COMMANDS:
         command.add(commands)
     return parser
 

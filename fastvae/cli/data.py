@@ -24,7 +24,7 @@ class _Stopped(Exception):
     """A signal, noticed between two images."""
 
 
-def add_command(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add `data` and its own commands to argparse's subcommands."""
     parser = commands.add_parser(
         "data",

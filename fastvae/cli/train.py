@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EVALUATED = 256  # data at a time; no result depends on it
 
 
-def add_command(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add `train` to argparse's subcommands."""
     parser = commands.add_parser(
         "train",

@@ -18,6 +18,7 @@ RECONSTRUCTIONS_NAME = "reconstructions.png"
 SAMPLES_NAME = "samples.png"
 IMAGES_NAME = "images"
 REPORT_NAME = "report.html"
+ONNX_NAME = "onnx"
 EVENTS_NAME = "events.out.tfevents.*"  # TensorBoard's
 
 OWN_NAMES = (
@@ -32,6 +33,7 @@ OWN_NAMES = (
     SAMPLES_NAME,
     IMAGES_NAME,
     REPORT_NAME,
+    ONNX_NAME,
     EVENTS_NAME,
 )
 
