@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="fastvae", description="Train variational autoencoders, and use them.", allow_abbrev=False
+        prog="fastvae", description="Train and use variational autoencoders.", allow_abbrev=False
     )
     version = importlib.metadata.version("fastvae")
     parser.add_argument("--version", action="version", version=f"fastvae {version}")
