@@ -147,6 +147,20 @@ def test_equal_runs_have_no_differences_and_names_of_their_own() -> None:
     assert ">same (2)<" in text
 
 
+def test_an_evaluation_is_shown_with_its_errors_and_notes() -> None:
+    figures = {
+        "data": "digits (test)", "n_data": 1797, "elbo": -12.5, "elbo_monte_carlo_error": 0.0123,
+        "elbo_data_error": 0.5, "kl_by_latent": [1.0], "active_units": 3, "notes": ["beta <b>"],
+    }  # fmt: skip
+    text = report.html([RunRecord("one", evaluation=figures), RunRecord("two")], version="0")
+    assert "<td>-12.5000 (± 0.012 Monte Carlo, ± 0.5 over data)</td><td>–</td>" in text  # noqa: RUF001
+    assert ">1,797<" in text
+    assert "one: beta &lt;b&gt;" in text
+    other = report.html([RunRecord("one", evaluation={"fid": {"train": 3.5, "test": [1, 2]}})], version="0")
+    assert '<th scope="row">fid, train</th><td>3.5</td>' in other
+    assert '<th scope="row">fid, test</th><td>1, 2</td>' in other
+
+
 def test_the_best_is_marked_where_it_means_the_same() -> None:
     same = {"data": "digits", "likelihood": "mse", "beta": 1.0, "seed": 0, "val": 0.1}
     losses = (3.0, 2.0, None)

@@ -77,8 +77,45 @@ def environment(runs: Sequence[RunRecord]) -> list[Row]:
 
 
 def evaluation(runs: Sequence[RunRecord]) -> list[Row]:
-    """What evaluation.json says, level by level."""
-    return _union([dict(_flat(run.evaluation)) for run in runs])
+    """What `fastvae evaluate` has found, with its errors; of another evaluation.json all that it says."""
+    found = [run.evaluation for run in runs]
+    if not all("elbo" in figures for figures in found if figures):
+        return _union([dict(_flat(figures)) for figures in found])
+    rows = []
+    for label, key, error in _EVALUATION:
+        values = [figures.get(key) for figures in found]
+        if any(value is not None for value in values):
+            cells = [_with_error(figures, key, error) for figures in found]
+            rows.append(_row(label, values, cells))
+    return rows
+
+
+def _with_error(figures: Mapping[str, Any], key: str, error: str) -> str:
+    """A figure and its standard errors: of Monte Carlo, and over the data."""
+    value = figures.get(key)
+    if not isinstance(value, float):
+        return shown(value)
+    kinds = (("monte_carlo", "Monte Carlo"), ("data", "over data"))
+    errors = [(figures.get(f"{error}_{kind}_error"), name) for kind, name in kinds]
+    known = [f"± {size:.2g} {name}" for size, name in errors if error and isinstance(size, (int, float))]
+    return f"{value:.4f}" + (f" ({', '.join(known)})" if known else "")
+
+
+_EVALUATION = (
+    ("data", "data", ""),
+    ("number of data", "n_data", ""),
+    ("importance samples a datum, K", "importance_samples", ""),
+    ("ELBO at beta = 1, nats", "elbo", "elbo"),
+    ("E ln p(x|z), nats", "reconstruction", ""),
+    ("KL(q(z|x) || p(z)), nats", "kl", ""),
+    ("ln p(x) by the bound L_K, nats", "log_likelihood", "log_likelihood"),
+    ("inference gap, nats", "inference_gap", ""),
+    ("bits per dimension", "bits_per_dimension", "bits_per_dimension"),
+    ("active units", "active_units", ""),
+    ("KL(q(z) || p(z)), nats", "aggregate_kl_to_prior", ""),
+    ("mutual information I(x; z), nats", "mutual_information", "mutual_information"),
+    ("mean squared error a value", "mean_squared_error", ""),
+)
 
 
 def shown(value: Any) -> str:
