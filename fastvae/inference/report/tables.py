@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .record import RunRecord
@@ -73,7 +73,8 @@ def environment(runs: Sequence[RunRecord]) -> list[Row]:
         versions = run.summary.get("versions")
         part |= versions if isinstance(versions, dict) else {}
         parts.append(part)
-    return _union(parts)
+    rows = _union(parts)  # of a run that has not ended nothing is known, which is no difference
+    return [replace(row, differs=len({*row.cells} - {ABSENT}) > 1) for row in rows]
 
 
 def evaluation(runs: Sequence[RunRecord]) -> list[Row]:
@@ -152,7 +153,7 @@ def _union(parts: Sequence[Mapping[str, Any]], show: Callable[[Any], str] = show
 
 
 def _row(label: str, values: Sequence[Any], cells: Sequence[str], best: Sequence[bool] | None = None) -> Row:
-    differs = any(value != values[0] for value in values[1:])
+    differs = any(value != values[0] for value in values)
     return Row(label, tuple(cells), differs, tuple(best or [False] * len(cells)))
 
 
@@ -216,7 +217,7 @@ _RESULTS = (
     _Result("active units", _of_best("active_units")),
     _Result("best epoch", lambda run: run.summary.get("best_epoch", run.best.get("epoch"))),
     _Result("parameters", _of_summary("parameters")),
-    _Result("samples a second", _rate, lambda value: f"{value:,.0f}", max, ("data",)),
+    _Result("samples a second", _rate, lambda value: f"{value:,.0f}"),
     _Result("time of training", _seconds, _duration),
     _Result("waiting for data", _of_summary("data_wait_share"), lambda value: f"{value:.1%}"),
     _Result("GPU memory", _of_summary("gpu_memory_bytes"), lambda value: f"{value / 2**30:.1f} GiB"),
