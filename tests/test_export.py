@@ -93,6 +93,7 @@ class Own(nn.Module):
         return self.up(z)
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own(tmp_path: Path, seed: int) -> None:
     model = Own().train()
     level = logging.getLogger("torch.onnx").level

@@ -138,6 +138,15 @@ def test_several_runs_are_compared(pages: dict[str, Path]) -> None:
     assert all(f"var(--s{i})" in loss for i in range(3))
 
 
+def test_a_run_of_the_trainer_is_finished_too(tmp_path: Path) -> None:
+    """Which leaves no summary."""
+    for name in ("metrics.jsonl", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert report.read_run(tmp_path).status == "finished after 0 epochs"
+    (tmp_path / "model.safetensors").unlink()
+    assert report.read_run(tmp_path).status == "not finished: 0 epochs"
+
+
 def test_equal_runs_have_no_differences_and_names_of_their_own() -> None:
     run = RunRecord("same", options={"beta": 1.0}, summary={"val_loss": 2.0})
     text = report.html([run, run], version="0")

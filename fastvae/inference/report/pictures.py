@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 
@@ -73,15 +74,14 @@ def _posterior_means(
     means: list[Tensor] = []
     labels: list[Tensor] = []
     n, until = 0, time.monotonic() + SCATTER_SECONDS
-    batch: Batch | None = first
-    iterator = iter(others)
-    while batch is not None and n < SCATTERED and (n == 0 or time.monotonic() < until):
+    for batch in itertools.chain([first], others):
         x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[-1])
         means.append(as_model(model).encode(x.to(device))[0].float().cpu())
         if isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point():
             labels.append(y.cpu())
         n += len(x)
-        batch = next(iterator, None)
+        if n >= SCATTERED or time.monotonic() > until:
+            break
     labelled = len(labels) == len(means)
     return torch.cat(means)[:SCATTERED], torch.cat(labels)[:SCATTERED] if labelled else None
 

@@ -50,10 +50,11 @@ class RunRecord:
     """A run as its folder has it; whatever is absent is empty.
 
     options: train.toml. history: the rows of metrics.jsonl. summary, evaluation: the JSON files.
-    notes: what could not be read or shown, and why, in a line each.
+    finished: whether its weights are there. notes: what could not be read or shown, and why, in a line each.
     """
 
     name: str
+    finished: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class RunRecord:
     def status(self) -> str:
         """How far it has come, in a few words."""
         done = f"{len(self.history)} {'epoch' if len(self.history) == 1 else 'epochs'}"
-        if self.summary:
+        if self.finished:
             return f"finished after {done}"
         planned = self.options.get("epochs")
         return f"not finished: {done} of {planned}" if planned else f"not finished: {done}"
@@ -95,6 +96,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunRecord:
     uris = {name: _picture(folder / f"{name}.png") for name in ("samples", "reconstructions")}
     return RunRecord(
         name=folder.resolve().name,
+        finished=(folder / "model.safetensors").is_file(),
         options=_read(folder / "train.toml", tomllib.loads, notes) or {},
         history=_read(folder / "metrics.jsonl", lambda text: _rows(text, notes), notes) or [],
         summary=_read(folder / "summary.json", _object, notes) or {},
