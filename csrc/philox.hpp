@@ -13,27 +13,60 @@ struct Words {
     u32x16 w[4];
 };
 
-inline void multiply(std::uint32_t a, u32x16 b, u32x16& high, u32x16& low) {
-    using u32x8 = std::uint32_t __attribute__((vector_size(32)));
-    using u64x8 = std::uint64_t __attribute__((vector_size(64)));
-    u32x8 halves[2];
-    std::memcpy(halves, &b, sizeof(b));
-    for (auto& half : halves) half = __builtin_convertvector(
-        (__builtin_convertvector(half, u64x8) * static_cast<std::uint64_t>(a)) >> 32, u32x8);
-    std::memcpy(&high, halves, sizeof(high));
-    low = b * a;
+// Vectors as wide as the registers: wider ones would go through memory at each step.
+#if defined(__AVX512F__)
+#define FASTVAE_REGISTER 64
+#elif defined(__AVX2__)
+#define FASTVAE_REGISTER 32
+#else
+#define FASTVAE_REGISTER 16
+#endif
+using u32s = std::uint32_t __attribute__((vector_size(FASTVAE_REGISTER)));
+using u64s = std::uint64_t __attribute__((vector_size(FASTVAE_REGISTER)));
+
+// a times the low half of each lane, which every instruction set has in one instruction.
+inline u64s multiply_low_halves(std::uint32_t a, u64s b) {
+#if defined(__AVX512F__)
+    // the form without a mask makes gcc 12 warn of its own header
+    return bit_cast<u64s>(_mm512_maskz_mul_epu32(0xff, bit_cast<__m512i>(b), _mm512_set1_epi64(a)));
+#elif defined(__AVX2__)
+    return bit_cast<u64s>(_mm256_mul_epu32(bit_cast<__m256i>(b), _mm256_set1_epi64x(a)));
+#elif defined(__SSE2__)
+    return bit_cast<u64s>(_mm_mul_epu32(bit_cast<__m128i>(b), _mm_set1_epi64x(a)));
+#else
+    return (b & 0xffffffffu) * std::uint64_t{a};
+#endif
 }
 
-inline Words philox(Words c, std::uint32_t k0, std::uint32_t k1) {
-    for (int round = 0; round < 10; ++round) {
-        u32x16 high0, low0, high1, low1;
-        multiply(0xD2511F53u, c.w[0], high0, low0);
-        multiply(0xCD9E8D57u, c.w[2], high1, low1);
-        c = {{high1 ^ c.w[1] ^ k0, low1, high0 ^ c.w[3] ^ k1, low0}};
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+inline void multiply(std::uint32_t a, u32s b, u32s& high, u32s& low) {
+    const u64s pairs = bit_cast<u64s>(b);
+    const u64s even = multiply_low_halves(a, pairs);
+    const u64s odd = multiply_low_halves(a, pairs >> 32);
+    constexpr std::uint64_t upper = 0xffffffff00000000u;
+    high = bit_cast<u32s>((even >> 32) | (odd & upper));
+    low = bit_cast<u32s>((even & ~upper) | (odd << 32));
+}
+
+inline Words philox(const Words& counters, std::uint32_t key0, std::uint32_t key1) {
+    Words result;
+    for (std::size_t at = 0; at < sizeof(u32x16); at += sizeof(u32s)) {
+        u32s c[4];
+        for (int i = 0; i < 4; ++i) std::memcpy(&c[i], reinterpret_cast<const char*>(&counters.w[i]) + at, sizeof(u32s));
+        std::uint32_t k0 = key0, k1 = key1;
+        for (int round = 0; round < 10; ++round) {
+            u32s high0, low0, high1, low1;
+            multiply(0xD2511F53u, c[0], high0, low0);
+            multiply(0xCD9E8D57u, c[2], high1, low1);
+            c[0] = high1 ^ c[1] ^ k0;
+            c[1] = low1;
+            c[2] = high0 ^ c[3] ^ k1;
+            c[3] = low0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        for (int i = 0; i < 4; ++i) std::memcpy(reinterpret_cast<char*>(&result.w[i]) + at, &c[i], sizeof(u32s));
     }
-    return c;
+    return result;
 }
 
 using Block = std::array<std::uint32_t, 4>;

@@ -1,5 +1,7 @@
 // A row from its source to its batch, channels first: one source for every instruction set.
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cstring>
 #include <type_traits>
 
@@ -75,19 +77,33 @@ inline Place place(const RowTask& task, std::int64_t number) {
     return at;
 }
 
+// Lines are short: eight pixels at a time, some of them twice where they do not fit.
 template <class T>
-inline void copy_line(const T* __restrict from, std::int64_t n, bool flip, T* __restrict to) {
-    if (flip) {
-        for (std::int64_t i = 0; i < n; ++i) to[i] = from[n - 1 - i];
-    } else {
-        std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(T));
+inline void copy_line(const T* from, std::int64_t n, bool flip, T* to) {
+    constexpr std::int64_t piece = 8;
+    using Piece = std::array<T, piece>;
+    if (n < piece) {
+        for (std::int64_t i = 0; i < n; ++i) to[flip ? n - 1 - i : i] = from[i];
+        return;
+    }
+    for (std::int64_t i = 0; i < n; i += piece) {
+        const std::int64_t at = std::min(i, n - piece);
+        Piece pixels;
+        std::memcpy(&pixels, from + at, sizeof(pixels));
+        if (flip) {
+            if constexpr (sizeof(T) == 1) {
+                pixels = std::bit_cast<Piece>(__builtin_bswap64(std::bit_cast<std::uint64_t>(pixels)));
+            } else {
+                std::reverse(pixels.begin(), pixels.end());
+            }
+        }
+        std::memcpy(to + (flip ? n - piece - at : at), &pixels, sizeof(pixels));
     }
 }
 
 // The crop of a row, flipped or not, its channels first.
 template <class T, int C>
-void move(const RowTask& task, const std::byte* row, std::int64_t number, T* out) {
-    const Place at = place(task, number);
+void move(const RowTask& task, const Place& at, const std::byte* row, T* out) {
     const std::int64_t plane = task.height * task.width;
     const std::int64_t first = std::clamp<std::int64_t>(-at.left, 0, task.width);
     const std::int64_t last = std::clamp<std::int64_t>(task.layout.width - at.left, first, task.width);
@@ -135,24 +151,34 @@ inline void random_digits(const RowTask& task, std::int64_t number, std::int64_t
 
 // 255 with probability x / 255, else 0: the random digits are compared to those of x / 255, which are x, x, x, ...
 // in base 256. The first digit decides but for one pixel in 256.
-inline void draw(const RowTask& task, std::int64_t number, std::int64_t first, const std::uint8_t* x,
-                 std::uint8_t* on) {
-    alignas(64) std::uint8_t open[chunk], digits[chunk];
-    std::uint8_t any = 0;
-    for (int i = 0; i < chunk; ++i) {
-        on[i] = x[i] == 255 ? 255 : 0;
-        open[i] = x[i] != 0 && x[i] != 255 ? 255 : 0;
+inline void draw(const RowTask& task, std::int64_t number, std::int64_t first, const std::uint8_t* pixels,
+                 std::uint8_t* out) {
+    using Bytes = std::uint8_t __attribute__((vector_size(FASTVAE_REGISTER)));
+    constexpr int n = chunk / static_cast<int>(sizeof(Bytes));
+    Bytes x[n], digits[n], on[n], open[n];
+    std::memcpy(x, pixels, chunk);
+    Bytes any = {};
+    for (int i = 0; i < n; ++i) {
+        on[i] = bit_cast<Bytes>(x[i] == 255);
+        open[i] = bit_cast<Bytes>(x[i] != 0) & ~on[i];
         any |= open[i];
     }
-    for (std::uint32_t which = 1; which <= 4 && any != 0; ++which) {
-        random_digits(task, number, first, which, digits);
-        any = 0;
-        for (int i = 0; i < chunk; ++i) {
-            on[i] = static_cast<std::uint8_t>(on[i] | (digits[i] < x[i] ? open[i] : 0));
-            open[i] = digits[i] == x[i] ? open[i] : 0;
+    const auto is_zero = [](const Bytes& v) {
+        const u64s lanes = bit_cast<u64s>(v);
+        std::uint64_t all = 0;
+        for (std::size_t i = 0; i < sizeof(v) / 8; ++i) all |= lanes[i];
+        return all == 0;
+    };
+    for (std::uint32_t which = 1; which <= 4 && !is_zero(any); ++which) {
+        random_digits(task, number, first, which, reinterpret_cast<std::uint8_t*>(digits));
+        any = Bytes{};
+        for (int i = 0; i < n; ++i) {
+            on[i] |= bit_cast<Bytes>(digits[i] < x[i]) & open[i];
+            open[i] &= bit_cast<Bytes>(digits[i] == x[i]);
             any |= open[i];
         }
     }
+    std::memcpy(out, on, chunk);
 }
 
 // The four digits together are a word, which is compared to x * 2^32.
@@ -196,11 +222,13 @@ void transformed(const RowTask& task, const std::byte* row, std::int64_t number,
     const Transform& transform = task.transform;
     const T* x = reinterpret_cast<const T*>(row);
     To* to = reinterpret_cast<To*>(out);
-    if (transform.moves()) {
+    const Place at = transform.moves() ? place(task, number) : Place{0, 0, false};
+    const bool whole = !transform.moves() || (task.height == task.layout.height && task.width == task.layout.width);
+    if (!whole || at.flip || at.top != 0 || at.left != 0) {
         // without another step to follow, to where it belongs
         const bool last = std::is_same_v<T, To> && !transform.binarize && !transform.scaled;
         T* moved = last ? reinterpret_cast<T*>(out) : reinterpret_cast<T*>(task.moved);
-        move<T, C>(task, row, number, moved);
+        move<T, C>(task, at, row, moved);
         if (last) return;
         x = moved;
     } else if (C > 1) {
