@@ -11,6 +11,7 @@ from fastvae.training.config import ConfigError, ConfigFileError, TrainConfig
 VALUES = {
     "data": ("digits", ["a b.npy"], "a b.npy"),
     "val": ("val.npy", ["0.25"], 0.25),
+    "image_size": (64, ["32"], 32),
     "model": ("conv", ["mlp"], "mlp"),
     "hidden": ((64, 32), ["16"], (16,)),
     "latent_dim": (3, ["4"], 4),

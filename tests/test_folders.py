@@ -238,7 +238,7 @@ def circular(folder: Path) -> None:
         ),
         (
             of_two_sizes,
-            r"a.png is 4 x 4 and b.png is 4 x 6; .* with: fastvae data pack .* --size N",
+            r"a.png is 4 x 4 and b.png is 4 x 6; --image-size N makes .* fastvae data pack .* --size N",
         ),
         (bitmaps, r"without PNG, JPEG or WebP images and without train-images.*; there are 3 .bmp"),
         (unreadable, r"none of its 1 images can be used; a.png: not a PNG, JPEG or WebP image"),
@@ -263,8 +263,23 @@ def test_too_much_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_training_on_a_folder(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of images of two sizes, made squares, which the commands after the training do again."""
     for i in range(40):
-        save(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8), tmp_path / "set" / "ab"[i % 2] / f"{i}.png")
+        save(
+            rng.integers(0, 256, (6, 5 + i % 3, 3), dtype=np.uint8),
+            tmp_path / "set" / "ab"[i % 2] / f"{i}.png",
+        )
+    data, run = str(tmp_path / "set"), tmp_path / "run"
     options = ["--epochs", "1", "--hidden", "8", "--latent-dim", "2", "--val", "0.25", "--no-report"]
-    assert main(["train", "--data", str(tmp_path / "set"), *options, "--out", str(tmp_path / "run")]) == 0
-    assert "data: set, items of 3 x 6 x 5, 30 for training, 10 for validation" in capsys.readouterr().out
+    assert main(["train", "--data", data, *options, "--image-size", "4", "--out", str(run)]) == 0
+    assert "data: set, items of 3 x 4 x 4, 30 for training, 10 for validation" in capsys.readouterr().out
+    assert main(["encode", str(run), "--split", "all", "--out", str(tmp_path / "z.npy")]) == 0
+    assert len(np.load(tmp_path / "z.npy")) == 40
+
+
+def test_image_size_is_for_folders_of_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--data", "digits", "--image-size", "4"]) == 2
+    assert capsys.readouterr().err == (
+        "fastvae: error: --image-size: got 4 for digits, expected a folder of images; for others: "
+        "fastvae data pack digits DST.npy --size 4\n"
+    )

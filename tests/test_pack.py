@@ -93,6 +93,8 @@ def test_size_and_channels(photos: Path, tmp_path: Path) -> None:
         for path in sorted(photos.rglob("*.png"))
     ]
     assert np.array_equal(np.load(tmp_path / "p.npy"), expected)
+    pack(photos, tmp_path / "p.npy", size=4, overwrite=True)  # a height that could be a number of channels
+    assert open_source(tmp_path / "p.npy").item_shape == (3, 4, 4)
 
 
 def test_other_sources(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -118,6 +120,8 @@ def test_other_sources(rng: np.random.Generator, tmp_path: Path) -> None:
     pack(wide, tmp_path / "small.npy", size=4)
     small = np.load(tmp_path / "small.npy")
     image = Image.fromarray(np.rint(wide[1] * 255).astype(np.uint8).transpose(1, 2, 0)).crop((0, 0, 5, 5))
+    assert open_source(tmp_path / "small.npy").item_shape == (3, 4, 4)
+    assert open_source(tmp_path / "5.npy").item_shape == (3, 5, 6)
     assert np.array_equal(small[1], image.resize((4, 4), Image.Resampling.LANCZOS))
 
 

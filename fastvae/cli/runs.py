@@ -199,7 +199,7 @@ def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) 
     if name is None:
         raise ConfigError("data", f"got none, and {run.folder} does not say what it was trained on")
     try:
-        data = resolve(name)
+        data = resolve(name, image_size=run.config.image_size)
     except DataError as error:
         if arguments.data is not None:
             raise
@@ -242,7 +242,7 @@ def _part(
         return (
             (data.train, None, "training")
             if part == "train"
-            else (open_source(run.config.val), None, "validation")
+            else (open_source(run.config.val, run.config.image_size), None, "validation")
         )
     train_rows, val_rows = split(data.train.n_samples, run.config.val, run.config.seed)
     return (data.train, train_rows, "training") if part == "train" else (data.train, val_rows, "validation")

@@ -78,9 +78,10 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     if config.tensorboard:
         check_tensorboard()
     own = own_class(config)
+    _check_image_size(config)
 
     with ranks.node_first():
-        data = resolve(config.data, config.download)
+        data = resolve(config.data, config.download, config.image_size)
     name = f"{data.name}-{config.model.rpartition(':')[2]}"
     default = ranks.from_first(lambda: f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     out = Path(config.out or default)
@@ -152,6 +153,18 @@ def _options_of_run(arguments: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_toml(options).replace(out=str(folder), **given)
 
 
+def _check_image_size(config: TrainConfig) -> None:
+    from ..data.sources import is_image_folder
+
+    if config.image_size is None or (config.data is not None and is_image_folder(Path(config.data))):
+        return
+    data = config.data or "the default data"
+    hint = f"for others: fastvae data pack {config.data or 'SRC'} DST.npy --size {config.image_size}"
+    raise ConfigError(
+        "image_size", f"got {config.image_size} for {data}, expected a folder of images; {hint}"
+    )
+
+
 def _loaders(
     config: TrainConfig, data: Dataset, on_gpu: bool
 ) -> tuple[DataLoader, DataLoader, DataLoader | None]:
@@ -160,7 +173,7 @@ def _loaders(
 
     train_rows, val_rows, val_source = None, None, data.train
     if isinstance(config.val, str):
-        val_source = open_source(config.val)
+        val_source = open_source(config.val, config.image_size)
     else:
         try:
             train_rows, val_rows = split(data.train.n_samples, config.val, config.seed)

@@ -114,13 +114,14 @@ NAMES = (*REMOTES, "digits", "shapes")
 Report = Callable[[str, int, int], None]  # what is done, how much of it, of how much (0 if that is not known)
 
 
-def resolve(data: str | None, download: bool = False) -> Dataset:
+def resolve(data: str | None, download: bool = False, image_size: int | None = None) -> Dataset:
     """The dataset that `--data` means: a name in NAMES, or a path to a file or to a folder.
 
     shapes:N is N of the shapes, drawn by seed 0; shapes:N:SEED by another. None is fashion-mnist where it is
     on the machine, else digits; the note then says so and how to get more. A folder holds images, or IDX
-    files, of which t10k is the test set. With download, a named set that is not here is fetched into the
-    cache; nothing is fetched otherwise. Raises DataError.
+    files, of which t10k is the test set. image_size makes the images of a folder squares of that side. With
+    download, a named set that is not here is fetched into the cache; nothing is fetched otherwise. Raises
+    DataError.
     """
     if data is None:
         return _default(download)
@@ -132,7 +133,7 @@ def resolve(data: str | None, download: bool = False) -> Dataset:
         return _remote(data, download)
     path = Path(data)
     if is_image_folder(path):
-        return Dataset(path.resolve().name, open_source(path))
+        return Dataset(path.resolve().name, open_source(path, image_size))
     if path.is_dir():
         return _folder(path, path.resolve().name)
     if path.exists() or path.suffix or len(path.parts) > 1:

@@ -35,6 +35,7 @@ class Feed(Protocol):
 
     request: dict[str, Any]
     classes: tuple[str, ...]
+    channels_last: bool  # the rows are [H, W, C]
 
     def begin(self, state: State | None) -> tuple[tuple[int, ...], int]:
         """The shape of a row, and the most rows there can be. Raises StaleError if they differ from state."""
@@ -66,6 +67,7 @@ class ImageFeed:
         self._skips, self._report = skips, report
         self.request: dict[str, Any] = {"source": str(folder.absolute()), "size": size, "channels": channels}
         self.classes: tuple[str, ...] = ()
+        self.channels_last = False
         self._labels = array("q")
 
     def begin(self, state: State | None) -> tuple[tuple[int, ...], int]:
@@ -76,6 +78,7 @@ class ImageFeed:
             height, width = state.shape[:2]
             self._found = Survey(n, classes, height, width, channels=3 if len(state.shape) == 3 else 1)
         self.classes = self._found.classes
+        self.channels_last = self._found.channels == 3
         self.request["classes"] = list(self.classes)
         if state is not None and state.request["classes"] != self.request["classes"]:
             raise _changed(self._folder)
@@ -134,6 +137,10 @@ class SourceFeed:
     def __init__(self, source: Source, size: int | None) -> None:
         self._source, self._size = source, size
         self.classes = source.classes
+        of_source = isinstance(source, ArraySource) and source.channels_last
+        self.channels_last = (
+            len(source.item_shape) == 3 and source.item_shape[0] != 1 and (size is not None or of_source)
+        )
         self.request: dict[str, Any] = {
             "source": source.name,
             "size": size,

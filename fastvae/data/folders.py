@@ -169,7 +169,9 @@ def open_image_folder(
     try:
         found = survey(folder, size, channels, workers=workers)
     except SizesError as error:
-        raise SizesError(f"{error}; make them one size with: {pack} --size N") from error
+        raise SizesError(
+            f"{error}; --image-size N makes them squares, and so does: {pack} --size N"
+        ) from error
     shape = (found.n_images, *found.item_shape)
     needed, free = math.prod(shape), available_memory()
     if needed > _SHARE_OF_MEMORY * free:
@@ -190,7 +192,7 @@ def open_image_folder(
         read += 1
     if read < len(x):
         raise DataError(f"{folder}: {read:,} images where there were {len(x):,}; it has changed")
-    return source_from_arrays(x, labels, str(folder), found.classes)
+    return source_from_arrays(x, labels, str(folder), found.classes, found.channels == 3)
 
 
 def in_threads(

@@ -94,6 +94,7 @@ def _pack(feed: Feed, partial: Partial, size: int | None, on_error: OnError, rep
         shape=(state.rows, *state.shape),
         source=_text(source),
         size=size,
+        channels_last=feed.channels_last,
         classes=tuple(map(_text, feed.classes)),
         labels=None if labels is None else tuple(labels),
         skipped=problems,

@@ -25,6 +25,7 @@ class Packed(BaseModel):
     format: Literal["fastvae-packed-1"] = "fastvae-packed-1"
     shape: tuple[Count, ...]  # of the array, samples first
     dtype: Literal["uint8"] = "uint8"
+    channels_last: bool = False
     bytes: Count  # of the file
     sha256: str  # of the file
     source: str
@@ -109,6 +110,8 @@ def _check(packed: Packed, array: Path, shape: tuple[int, ...] | None) -> None:
         problem = f"{packed.bytes} bytes, but {array.name} has {size}"
     elif shape is not None and shape != packed.shape:
         problem = f"shape {list(packed.shape)}, but {array.name} has {list(shape)}"
+    elif packed.channels_last and (len(packed.shape) != 4 or packed.shape[3] not in (1, 3, 4)):
+        problem = f"channels last for shape {list(packed.shape)}"
     elif packed.labels is not None and len(packed.labels) != n:
         problem = f"{len(packed.labels)} labels for {n} samples"
     elif packed.labels and packed.classes and max(packed.labels) >= len(packed.classes):

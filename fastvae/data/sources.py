@@ -149,12 +149,17 @@ class ArraySource(Source):
 
 
 def source_from_arrays(
-    x: Array, y: Array | None = None, name: str = "array", classes: tuple[str, ...] = ()
+    x: Array,
+    y: Array | None = None,
+    name: str = "array",
+    classes: tuple[str, ...] = (),
+    channels_last: bool | None = None,
 ) -> ArraySource:
     """A source over arrays in memory or memory-mapped, checked, and copied only where its dtype asks for it.
 
     x [N, D] gives samples [D]; [N, H, W] gives [1, H, W]; [N, H, W, C] and [N, C, H, W] with C in (1, 3, 4)
-    give [C, H, W], and where both could be meant, [N, C, H, W] is; any other shape stays as it is. uint8 is
+    give [C, H, W], and where both could be meant, channels_last says which, or [N, C, H, W] is; any other shape
+    stays as it is. uint8 is
     used as x / 255, bool becomes 0.0 and 1.0, floats become float32. y [N] holds integers.
 
     Raises DataError for an empty array, another dtype, NaN or inf, and labels that do not fit.
@@ -166,7 +171,9 @@ def source_from_arrays(
     if x.dtype != np.uint8:
         _check_finite(x, name)
     labels = None if y is None else _labels(y, x.shape[0], name)
-    return ArraySource(x, labels, name, _is_channels_last(x.shape), classes)
+    if channels_last is None:
+        channels_last = _is_channels_last(x.shape)
+    return ArraySource(x, labels, name, channels_last, classes)
 
 
 def as_source(data: SourceLike) -> Source:
@@ -185,16 +192,20 @@ def as_source(data: SourceLike) -> Source:
             return source_from_arrays(_array(data, "source"))
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str], image_size: int | None = None) -> Source:
     """Opens a .npy (memory-mapped), a .npz, an IDX file (gzipped or not), or a folder.
 
     A .npz holds samples under one of X_KEYS and may hold labels under one of Y_KEYS. A .npy has labels where
     `fastvae data pack` has left its JSON beside it. Of a folder, the IDX training files are opened, or else
-    the images in it are decoded into memory. Raises DataError.
+    the images in it are decoded into memory; image_size makes these squares of that side. Raises DataError.
     """
     path = Path(path)
+    if is_image_folder(path):
+        from .folders import open_image_folder
+
+        return open_image_folder(path, image_size)
     if os.path.isdir(path):
-        return _open_folder(path)
+        return open_idx_folder(path, "train")
     with _opened(path) as stream:
         start = stream.read(4)
     if start == b"\x93NUM":
@@ -257,14 +268,6 @@ def _read_idx(stream: io.BufferedIOBase, room: int, path: Path) -> Array:
     return _read_array(stream, shape, np.dtype(_IDX_TYPES[magic[2]]), room, path)
 
 
-def _open_folder(path: Path) -> Source:
-    if not is_image_folder(path):
-        return open_idx_folder(path, "train")
-    from .folders import open_image_folder
-
-    return open_image_folder(path)
-
-
 def _open_npy(path: Path) -> Source:
     from .packed import read_packed
 
@@ -272,7 +275,7 @@ def _open_npy(path: Path) -> Source:
     packed = read_packed(path, x.shape)
     if packed is None:
         return source_from_arrays(x, name=str(path))
-    return source_from_arrays(x, packed.y, str(path), packed.classes)
+    return source_from_arrays(x, packed.y, str(path), packed.classes, packed.channels_last)
 
 
 def _bytes_of(shape: tuple[int, ...], dtype: np.dtype[Any], name: object) -> int:

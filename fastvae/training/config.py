@@ -99,6 +99,12 @@ class TrainConfig(BaseModel):
     val: Annotated[float | str, BeforeValidator(_file_or_fraction)] = Field(
         0.1, description="validation data: a file, or a fraction of the training data"
     )
+    image_size: int | None = Field(
+        None,
+        ge=1,
+        le=2**16,
+        description="make the images of a folder N x N: the centre square, resized (default: as they are)",
+    )
     model: Annotated[str, BeforeValidator(_model)] = Field(
         "mlp",
         description="architecture of encoder and decoder: mlp, conv, or a class of your own, "
