@@ -158,9 +158,9 @@ def source_from_arrays(
     """A source over arrays in memory or memory-mapped, checked, and copied only where its dtype asks for it.
 
     x [N, D] gives samples [D]; [N, H, W] gives [1, H, W]; [N, H, W, C] and [N, C, H, W] with C in (1, 3, 4)
-    give [C, H, W], and where both could be meant, channels_last says which, or [N, C, H, W] is; any other shape
-    stays as it is. uint8 is
-    used as x / 255, bool becomes 0.0 and 1.0, floats become float32. y [N] holds integers.
+    give [C, H, W], and where both could be meant and channels_last does not say, [N, C, H, W] is; any other
+    shape stays as it is. uint8 is used as x / 255, bool becomes 0.0 and 1.0, floats become float32. y [N]
+    holds integers.
 
     Raises DataError for an empty array, another dtype, NaN or inf, and labels that do not fit.
     """
