@@ -25,7 +25,7 @@ class Packed(BaseModel):
     format: Literal["fastvae-packed-1"] = "fastvae-packed-1"
     shape: tuple[Count, ...]  # of the array, samples first
     dtype: Literal["uint8"] = "uint8"
-    channels_last: bool = False
+    channels_last: bool | None = None  # None: as the shape has it
     bytes: Count  # of the file
     sha256: str  # of the file
     source: str
