@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from fastvae import VAE, load
 from fastvae.cli import main
 from fastvae.data import split
 from fastvae.data.datasets import REMOTES
-from fastvae.inference import decode, fit_mixture, interpolation, prior_quantiles, quantile_grid
+from fastvae.inference import decode, fit_mixture, interpolation, prior_quantiles, quantile_grid, traversal
 from fastvae.inference.plots import CAPTION, GAP, ROW_GAP, ROW_LABEL
 from fastvae.inference.projection import tsne
 from fastvae.inference.scatter import picture, scatter
@@ -41,7 +42,9 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("explore") / "run"
-    options = f"--data digits --epochs 8 --lr 1e-2 --hidden 32 --latent-dim {LATENTS} --seed {SEED}"
+    options = (
+        f"--data digits --epochs 8 --lr 1e-2 --hidden 32 --latent-dim {LATENTS} --seed {SEED} --no-report"
+    )
     assert main(["train", *options.split(), "--out", str(folder)]) == 0
     return folder
 
@@ -163,13 +166,45 @@ def test_reconstruct(run: Path, model: VAE, look, validation, which: str) -> Non
     if which != "first":
         variance = float(model.log_variance.detach().exp())
         term = error[order[0]] / (2 * variance) + 32 * math.log(2 * math.pi * variance)
-        index, nats = printed.splitlines()[2].split()
+        index, nats = printed.splitlines()[2].split(": ")
         assert (int(index), float(nats)) == (order[0], pytest.approx(float(term), rel=1e-3))
 
 
 def kl_order(run: Path) -> list[int]:
     kl = json.loads((run / "summary.json").read_text())["kl_by_latent"]
     return sorted(range(LATENTS), key=lambda latent: -kl[latent])
+
+
+def test_the_most_used_come_first_without_a_summary_too(run: Path, look, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("summary.json", "checkpoints"))
+    assert main(["traverse", str(copy), "--out", "computed.npy"]) == 0
+    look("traverse", "--out", "of-summary.npy")
+    np.testing.assert_array_equal(np.load("computed.npy"), np.load("of-summary.npy"))
+
+
+def test_paths_of_latents_of_any_shape(seed: int) -> None:
+    center = torch.randn(2, 3)
+    moved = traversal(center, [4, 1], torch.tensor([-1.0, 0.0, 2.0]))
+    assert moved.shape == (2, 3, 2, 3)
+    expected = center.clone()
+    expected[1, 1] += 2
+    assert torch.equal(moved[0, 2], expected)
+    assert torch.equal(moved[:, 1], center.expand(2, 2, 3))
+    grid = quantile_grid(center, (5, 0), 4)
+    assert grid.shape == (4, 4, 2, 3)
+    assert torch.equal(grid[..., 1:, 1], center[1:, 1].expand(4, 4, 1))
+    assert torch.equal(grid[2, :, 1, 2], prior_quantiles(4))
+
+
+def test_a_run_in_the_place_of_another_has_none_of_its_pictures(tmp_path: Path) -> None:
+    options = f"train --data digits --epochs 1 --hidden 8 --no-report --out {tmp_path / 'run'}".split()
+    assert main(options) == 0
+    assert main(["sample", str(tmp_path / "run")]) == 0
+    (tmp_path / "run" / "sampled.png").touch()
+    assert main([*options, "--overwrite"]) == 0
+    assert not (tmp_path / "run" / "sample.png").exists()
+    assert (tmp_path / "run" / "sampled.png").exists()
 
 
 @pytest.mark.parametrize("around", [None, 7])
@@ -445,7 +480,9 @@ def test_tsne_keeps_neighbours_together(seed: int) -> None:
 
 
 def test_latents_over_the_epochs(look, tmp_path: Path, validation) -> None:
-    options = f"--data digits --epochs 4 --hidden 8 --latent-dim 2 --seed {SEED} --weights-epochs 2"
+    options = (
+        f"--data digits --epochs 4 --hidden 8 --latent-dim 2 --seed {SEED} --weights-epochs 2 --no-report"
+    )
     assert main(["train", *options.split(), "--out", "moving"]) == 0
     kept = [f"epoch-{epoch:06d}.safetensors" for epoch in (0, 2, 4)]
     assert sorted(path.name for path in Path("moving/checkpoints").glob("epoch-*")) == kept

@@ -21,7 +21,7 @@ from fastvae.training.config import ConfigError
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    options = "--data digits --epochs 1 --hidden 8 --latent-dim 3 --seed 5 --val 0.2"
+    options = "--data digits --epochs 1 --hidden 8 --latent-dim 3 --seed 5 --val 0.2 --no-report"
     assert main(["train", *options.split(), "--out", str(folder)]) == 0
     return folder
 
@@ -102,7 +102,17 @@ def test_a_class_of_the_users_own_is_named(tmp_path: Path, monkeypatch) -> None:
         "    model = fastvae.VAE.mlp(item_shape, (8,), latent_dim)\n"
         "    return fastvae.VAE(model.encoder, model.decoder, likelihood='gaussian')\n"
     )
-    options = ["--data", "digits", "--epochs", "1", "--latent-dim", "2", "--model", "nets_of_runs:net"]
+    options = [
+        "--data",
+        "digits",
+        "--epochs",
+        "1",
+        "--latent-dim",
+        "2",
+        "--model",
+        "nets_of_runs:net",
+        "--no-report",
+    ]
     assert main(["train", *options, "--out", "run"]) == 0
     with pytest.raises(ModelFilesError, match="a class of your own; name it with --model nets_of_runs:net"):
         open_run(parse("run"))

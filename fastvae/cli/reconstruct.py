@@ -59,6 +59,6 @@ def run(arguments: argparse.Namespace) -> None:
         save_picture(path, plots.pairs(x, x_hat, captions=captions))
     print(f"{path}: {which} {n:,} of {data.name}")
     if captions:
-        print(f"reconstruction terms, in nats, of {which} by their index:")
+        print("their index, and reconstruction term in nats:")
         for i, term in list(zip(chosen, captions, strict=True))[:LISTED]:
-            print(f"{i:>8}  {term}")
+            print(f"{i}: {term}")

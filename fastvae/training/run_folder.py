@@ -21,6 +21,13 @@ REPORT_NAME = "report.html"
 ONNX_NAME = "onnx"
 EVENTS_NAME = "events.out.tfevents.*"  # TensorBoard's
 
+# of the commands that look at a run
+PICTURES = [
+    f"{name}.{kind}"
+    for name in ("sample", "reconstruct", "traverse", "grid", "interpolate", "latents")
+    for kind in ("png", "gif", "npy")
+]
+
 OWN_NAMES = (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -35,6 +42,7 @@ OWN_NAMES = (
     REPORT_NAME,
     ONNX_NAME,
     EVENTS_NAME,
+    *PICTURES,
 )
 
 
