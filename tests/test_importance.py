@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal
 
 import fastvae
-from fastvae.inference import importance
-from fastvae.inference.importance import EvaluationError, datum_likelihoods, log_likelihood
+from fastvae.inference import importance, reach
+from fastvae.inference.importance import EvaluationError, ImportanceSampler, log_likelihood
+from fastvae.inference.reach import Decoder, TurnedDecoder, decoder_of
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -136,8 +137,9 @@ def test_meets_quadrature_on_two_latents() -> None:
     posterior = log_joint.softmax(0).T
     mu = posterior @ grid
     variance = posterior @ grid.square() - mu.square()
-    with torch.no_grad():
-        found = datum_likelihoods(model, x, mu, (2 * variance).log(), n_samples=4000, seed=5)
+    sampler = ImportanceSampler(model, n_samples=4000, seed=5)
+    sampler.update(x, mu, (2 * variance).log(), 0)
+    found = sampler.result()
     assert abs(found.estimate - truth.mean().item()) <= 6 * found.monte_carlo_error - 1.5 * found.bias
     assert found.monte_carlo_error < 0.02
 
@@ -199,6 +201,47 @@ def test_is_the_formula_written_out(likelihood: str, monkeypatch: pytest.MonkeyP
     assert found.bits_per_dimension(s) == pytest.approx(bits + math.log2(s))
 
 
+@pytest.mark.parametrize(("likelihood", "variance"), [("mse", None), ("gaussian", 0.1)])
+@pytest.mark.parametrize("hidden", [(10,), (40, 90)])
+def test_turned_decoder_changes_no_bound(
+    likelihood: str, variance: float | None, hidden: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of VAE.mlp, with one block of its triangle or with several."""
+    monkeypatch.setattr(reach, "_NARROWEST", 3)
+    model = fastvae.VAE.mlp((4, 5, 6), hidden, 3, likelihood=likelihood, variance=variance)
+    x = torch.rand(30, 4, 5, 6)
+    assert type(decoder_of(model)) is TurnedDecoder
+    found = log_likelihood(model, [x], n_samples=20)
+    monkeypatch.setattr(importance, "decoder_of", Decoder)
+    expected = log_likelihood(model, [x], n_samples=20)
+    for name in ("log_px", "elbo", "log_px_variance", "effective_samples"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=1e-3, atol=2e-4, msg=name
+        )
+
+
+def test_only_a_decoder_that_is_known_is_turned() -> None:
+    class Squashed(fastvae.VAE):
+        def decode(self, z: Tensor) -> Tensor:
+            return super().decode(z).sigmoid()
+
+    def hook(*_: object) -> None: ...
+
+    plain, instance, hooked = (fastvae.VAE.mlp((20,), (5,), 2) for _ in range(3))
+    instance.decode = lambda z: plain.decode(z).sigmoid()
+    hooked.decoder.layers[0].register_forward_hook(hook)
+    others = [
+        Squashed(plain.encoder, plain.decoder),
+        instance,
+        hooked,
+        fastvae.VAE.mlp((20,), (20,), 2),
+        fastvae.VAE.mlp((20,), (5,), 2, likelihood="bernoulli"),
+        fastvae.VAE.conv((1, 8, 8), 2),
+        Own("gaussian"),
+    ]
+    assert [type(decoder_of(model)) for model in [plain, *others]] == [TurnedDecoder] + [Decoder] * 7
+
+
 def test_weights_are_summed_in_log_space() -> None:
     """Over ranges that no float holds."""
     log_w = 3e4 * torch.randn(60, 50, dtype=torch.float64) - 1e6
@@ -237,9 +280,11 @@ def test_leaves_model_and_generators_as_they_were() -> None:
 
 def test_clamp_of_logvar_is_that_of_training() -> None:
     model, x = Own("mse"), torch.rand(5, 2, 3, dtype=torch.float64)
+    sampler = ImportanceSampler(model, n_samples=3)
     with torch.no_grad():
         mu, logvar = model.encode(x)
-        expected = datum_likelihoods(model, x, mu, logvar.clamp(-0.1, 0.1), n_samples=3, seed=0)
+    sampler.update(x, mu, logvar.clamp(-0.1, 0.1), 0)
+    expected = sampler.result()
     found = log_likelihood(model, [x], n_samples=3, logvar_clamp=(-0.1, 0.1))
     assert torch.equal(found.log_px, expected.log_px)
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..models.model import Model, as_model, evaluating, likelihood_of, log_variance_of
+from ..models.model import as_model, evaluating, likelihood_of, log_variance_of
 from ..ops import elbo, reparameterize, sample_and_kl
 from .evaluate import Batch, inputs, with_places
+from .reach import Decoder, decoder_of
 
 # Elements of x_hat that are decoded at a time, and rows: on a CPU they stay in the cache, and below the size
 # from which malloc fetches fresh pages for each tensor; a GPU wants enough to fill it.
 _ELEMENTS = {"cpu": 400_000, "cuda": 1 << 25}
 _ROWS = {"cpu": 1024, "cuda": 1 << 16}
+_DRAWS_TO_TURN = 8  # for which it pays to turn x
 
 
 class EvaluationError(ValueError):
@@ -122,11 +124,10 @@ def log_likelihood(
     Raises ValueError for no data, ModelError for a model without encode and decode, EvaluationError where
     the model's numbers are not finite.
     """
-    parts = [
-        datum_likelihoods(as_model(model), x, mu, logvar, n_samples=n_samples, seed=seed, first_row=first_row)
-        for first_row, x, mu, logvar in posteriors(model, batches, logvar_clamp)
-    ]
-    return joined(parts)
+    sampler = ImportanceSampler(model, n_samples, seed)
+    for first_row, x, mu, logvar in posteriors(model, batches, logvar_clamp):
+        sampler.update(x, mu, logvar, first_row)
+    return sampler.result()
 
 
 def posteriors(
@@ -151,47 +152,68 @@ def posteriors(
             yield first_row, x, mu, logvar if logvar_clamp is None else logvar.clamp(*logvar_clamp)
 
 
-def joined(parts: list[LogLikelihood]) -> LogLikelihood:
-    """One of all data. Raises ValueError for no data."""
-    if not parts:
-        raise ValueError("batches: got no data to evaluate on, expected at least one batch")
-    names = [field.name for field in fields(LogLikelihood)][2:]
-    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return LogLikelihood(parts[0].n_samples, parts[0].features, **columns)
+class ImportanceSampler:
+    """Gathers ln p(x) of all data, batch by batch, as `log_likelihood` does.
 
+    The model's weights are those that it has now.
+    """
 
-def datum_likelihoods(
-    model: Model, x: Tensor, mu: Tensor, logvar: Tensor, *, n_samples: int, seed: int, first_row: int = 0
-) -> LogLikelihood:
-    """`log_likelihood` of x [B, *item] with its posteriors [B, *latent]; first_row: the place of x[0]."""
-    if n_samples < 1:
-        raise ValueError(f"n_samples: got {n_samples}, expected at least 1")
-    features = math.prod(x.shape[1:])
-    columns: list[tuple[Tensor, ...]] = []
-    for rows, draws in _tiles(len(x), features, x.device.type):
-        place = first_row + rows.start
-        weights = _Weights()
-        repeated = x[rows].repeat(min(draws, n_samples), *[1] * (x.ndim - 1)) if draws > 1 else x[rows]
-        for k, n in _spans(n_samples, draws):
-            weights.update(_log_weights(model, repeated, mu[rows], logvar[rows], _Draws(seed, k, n, place)))
-        _, kl = sample_and_kl(mu[rows], logvar[rows], seed=seed)
-        columns.append((*weights.moments(), kl.double()))
-    log_px, elbo_, log_px_variance, elbo_variance, effective, kl = (
-        torch.cat(column).cpu() for column in zip(*columns, strict=True)
-    )
-    constant = 0.5 * features * math.log(math.pi) if likelihood_of(model) == "mse" else 0.0
-    result = LogLikelihood(
-        n_samples,
-        features,
-        log_px - constant,
-        elbo_ - constant,
-        kl,
-        log_px_variance,
-        elbo_variance,
-        effective,
-    )
-    _check_finite(result, first_row)
-    return result
+    def __init__(self, model: nn.Module, n_samples: int = 100, seed: int = 0) -> None:
+        if n_samples < 1:
+            raise ValueError(f"n_samples: got {n_samples}, expected at least 1")
+        self.model, self.n_samples, self.seed = as_model(model), n_samples, seed
+        self._decoder = decoder_of(self.model) if n_samples >= _DRAWS_TO_TURN else Decoder(self.model)
+        self._features = 0
+        self._columns: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mu: Tensor, logvar: Tensor, first_row: int) -> None:
+        """Take in x [B, *item] with its posteriors, [B, *latents]; first_row: the place of x[0]."""
+        self._features = math.prod(x.shape[1:])
+        constant = 0.5 * self._features * math.log(math.pi) if likelihood_of(self.model) == "mse" else 0.0
+        target, rest = self._decoder.target(x)
+        for rows, draws in _tiles(len(x), math.prod(target.shape[1:]), x.device.type):
+            place = first_row + rows.start
+            weights = _Weights()
+            repeats = min(draws, self.n_samples)
+            repeated = target[rows].repeat(repeats, *[1] * (target.ndim - 1)) if repeats > 1 else target[rows]
+            for k, n in _spans(self.n_samples, draws):
+                some = _Draws(self.seed, k, n, place)
+                weights.update(self._log_weights(repeated, mu[rows], logvar[rows], some))
+            _, kl = sample_and_kl(mu[rows], logvar[rows], seed=self.seed)
+            log_px, mean, *others = weights.moments()
+            less = rest[rows] + constant
+            column = [t.cpu() for t in (log_px - less, mean - less, kl.double(), *others)]
+            _check_finite(column[0], column[1], column[2], place)
+            self._columns.append(column)
+
+    def result(self) -> LogLikelihood:
+        """Of all that was taken in. Raises ValueError for no data."""
+        if not self._columns:
+            raise ValueError("batches: got no data to evaluate on, expected at least one batch")
+        columns = (torch.cat(column) for column in zip(*self._columns, strict=True))
+        return LogLikelihood(self.n_samples, self._features, *columns)
+
+    def _log_weights(self, target: Tensor, mu: Tensor, logvar: Tensor, draws: _Draws) -> Tensor:
+        """ln w of each draw and datum, float64 [n, B], but for what does not depend on z.
+
+        target: [n * B or more, ...], what the decoder compares with, n times over.
+        """
+        seed, k, n, first_row = draws
+        zeros = torch.zeros_like(mu)
+        eps = reparameterize(zeros, zeros, n_samples=n, seed=seed, offset=k, first_row=first_row)
+        z = torch.addcmul(mu, torch.exp(0.5 * logvar), eps)
+        # ln q(z|x) - ln p(z), where the constants cancel
+        ratio = 0.5 * (((z - eps) * (z + eps)).flatten(2).sum(2) - logvar.flatten(1).sum(1))
+        negative = elbo(
+            self._decoder.decode(z.flatten(0, 1)),
+            target[: n * len(mu)],
+            kl=ratio.flatten(),
+            likelihood=likelihood_of(self.model),
+            log_variance=log_variance_of(self.model),
+            reduction="none",
+        ).loss
+        return -negative.double().view(n, len(mu))
 
 
 class _Draws(NamedTuple):
@@ -201,28 +223,6 @@ class _Draws(NamedTuple):
     k: int
     n: int
     first_row: int
-
-
-def _log_weights(model: Model, x: Tensor, mu: Tensor, logvar: Tensor, draws: _Draws) -> Tensor:
-    """ln w of each draw and datum, float64 [n, B], less the constant of "mse".
-
-    x: [n * B or more, *item], the data n times over.
-    """
-    seed, k, n, first_row = draws
-    zeros = torch.zeros_like(mu)
-    eps = reparameterize(zeros, zeros, n_samples=n, seed=seed, offset=k, first_row=first_row)
-    z = torch.addcmul(mu, torch.exp(0.5 * logvar), eps)
-    # ln q(z|x) - ln p(z), where the constants cancel
-    ratio = 0.5 * (((z - eps) * (z + eps)).flatten(2).sum(2) - logvar.flatten(1).sum(1))
-    negative = elbo(
-        model.decode(z.flatten(0, 1)),
-        x[: n * len(mu)],
-        kl=ratio.flatten(),
-        likelihood=likelihood_of(model),
-        log_variance=log_variance_of(model),
-        reduction="none",
-    ).loss
-    return -negative.double().view(n, len(mu))
 
 
 class _Weights:
@@ -291,10 +291,10 @@ def _error_over_data(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def _check_finite(result: LogLikelihood, first_row: int) -> None:
-    bad = ~(result.log_px.isfinite() & result.elbo.isfinite() & result.kl.isfinite())
+def _check_finite(log_px: Tensor, elbo: Tensor, kl: Tensor, first_row: int) -> None:
+    bad = ~(log_px.isfinite() & elbo.isfinite() & kl.isfinite())
     if bad.any():
-        place = int(bad.nonzero()[0])
-        got = f"ln p(x) {result.log_px[place]:g}, ELBO {result.elbo[place]:g}, KL {result.kl[place]:g}"
-        where = f"for datum {first_row + place}, expected finite numbers"
-        raise EvaluationError(f"model: got {got} {where}; its weights, or x, may hold some that are not")
+        i = int(bad.nonzero()[0])
+        got = f"ln p(x) {log_px[i]:g}, ELBO {elbo[i]:g}, KL {kl[i]:g} for datum {first_row + i}"
+        hint = "its weights, or x, may hold some that are not"
+        raise EvaluationError(f"model: got {got}, expected finite numbers; {hint}")

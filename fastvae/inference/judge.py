@@ -14,7 +14,7 @@ from ..models.model import as_model, decode_mean, likelihood_of, log_variance_of
 from ..ops import reparameterize
 from .aggregate import Aggregate, AggregatePosterior
 from .evaluate import Batch
-from .importance import EvaluationError, LogLikelihood, datum_likelihoods, joined, posteriors
+from .importance import EvaluationError, ImportanceSampler, LogLikelihood, posteriors
 from .latents import LatentStatistics
 
 _STREAM = (1 << 62) + 1  # of the uniform noise, past the draws of any posterior
@@ -138,19 +138,15 @@ def judge(
             raise _not_binary(x, first_row)
         return x
 
-    parts: list[LogLikelihood] = []
+    sampler = ImportanceSampler(model, n_samples, seed)
     latents, aggregate = LatentStatistics(), AggregatePosterior(n_mixture, seed)
     squares = torch.zeros((), dtype=torch.float64)
     for first_row, x, mu, logvar in posteriors(model, batches, logvar_clamp, prepare):
-        parts.append(
-            datum_likelihoods(
-                as_model(model), x, mu, logvar, n_samples=n_samples, seed=seed, first_row=first_row
-            )
-        )
+        sampler.update(x, mu, logvar, first_row)
         latents.update(mu, logvar)
         aggregate.update(mu, logvar, first_row)
         squares += (x - decode_mean(model, mu).view_as(x)).double().square().sum().cpu()
-    bounds = joined(parts)
+    bounds = sampler.result()
     log_variance = log_variance_of(model)
     one = likelihood == "gaussian" and torch.as_tensor(log_variance).numel() == 1
     return Judgement(
