@@ -311,7 +311,7 @@ def test_a_browser_shows_it_whole(page: Browser, pages: dict[str, Path], width: 
         )
         assert len(charts_shown) >= 8
         assert all(wide > 200 and paths > 5 for wide, paths in charts_shown)
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         colors = page.evaluate(
             "(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))"
             ".map(c => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b) / 3)"
