@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -131,7 +132,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
         "versions": _versions(),
     }
     _write_run(out, model, val, summary)
-    report = _write_report(out, model, val, config) if config.report else None
+    report = _write_report(out, model, val, config, data.classes) if config.report else None
     _print_end(summary, out, report)
 
 
@@ -251,15 +252,18 @@ def _write_run(out: Path, model: nn.Module, val: DataLoader, summary: dict[str, 
     write_json(out / run_folder.SUMMARY_NAME, summary)
 
 
-def _write_report(out: Path, model: nn.Module, val: DataLoader, config: TrainConfig) -> Path | None:
+def _write_report(
+    out: Path, model: nn.Module, val: DataLoader, config: TrainConfig, classes: Sequence[str] | None
+) -> Path | None:
     """Draw the run's report, and say where: None where it fails, with a warning, for the run is whole."""
-    from ..inference import report
     from ..training.run_folder import REPORT_NAME
 
     path = out / REPORT_NAME
     try:
+        from ..inference import report
+
         run = report.read_run(out)
-        pictures = report.draw(model, val, seed=config.seed, kl_by_latent=run.kl_by_latent)
+        pictures = report.draw(model, val, seed=config.seed, kl_by_latent=run.kl_by_latent, classes=classes)
         report.write([replace(run, pictures=pictures)], path, version=metadata.version("fastvae"))
     except Exception as error:
         if config.debug:

@@ -126,13 +126,16 @@ def _scatter(
     colors = charts.CLASS_COLORS
     found = sorted(set(y.tolist()))[: len(colors)]
     return svg, tuple(
-        (colors[label % len(colors)], classes[label] if classes and label < len(classes) else str(label))
+        (colors[label % len(colors)], classes[label] if classes and 0 <= label < len(classes) else str(label))
         for label in found
     )
 
 
 def _principal(points: Tensor) -> tuple[Tensor, list[float]]:
-    """Points [N, Z] on their two directions of most variance [N, 2], and the share of it that each has."""
+    """Points [N, Z] on their two directions of most variance [N, 2], and the share of it that each has.
+
+    As `projection.principal_plane`, in less time than scikit-learn takes to be imported.
+    """
     centred = points - points.mean(0)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # of the directions that the search begins with
