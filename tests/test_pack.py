@@ -203,7 +203,10 @@ def test_corrupt_images_are_listed_and_then_skipped(
     assert [line.split(": ")[0] for line in out.splitlines()] == list(spoilt)
     assert re.fullmatch(r"fastvae: error: .*photos: 2 of 40 images cannot be used; --on-error skip .*\n", err)
     assert left(photos) == ["p.npy.partial"]
+    with (tmp_path / "p.npy.partial" / "rows").open("ab") as rows:
+        rows.write(b"half a row")
     assert rows_decoded(lambda: main([*command, "skip"])) == 0
+    assert open_source(tmp_path / "p.npy").n_samples == N - 2
     assert "p.npy: 38 samples of 6 x 5 x 3" in capsys.readouterr().out
     assert np.array_equal(np.load(tmp_path / "p.npy"), pixels_without(photos, spoilt))
 
