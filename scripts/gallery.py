@@ -1,12 +1,11 @@
-"""Makes the pictures of docs/after-training.md: python scripts/gallery.py; minutes on two cores.
+"""Makes the pictures of docs/after-training.md: python scripts/gallery.py [FOLDER]; minutes on two cores.
 
 Two runs on Fashion-MNIST, with ten latents and with two, then the commands below; docs/gallery has the
-pictures, in fewer colours.
+pictures, in fewer colours. Runs are kept in FOLDER, if one is given, and those that are there are used.
 """
 
 from __future__ import annotations
 
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -16,29 +15,29 @@ from PIL import Image, ImageSequence
 from fastvae.cli import main
 
 GALLERY = Path(__file__).resolve().parent.parent / "docs/gallery"
-TRAIN = "train --data fashion-mnist --likelihood gaussian --epochs 15 --no-report --amp"
-RUNS = {"ten": "--latent-dim 10", "two": "--latent-dim 2 --weights-epochs 1"}
+TRAIN = "train --data fashion-mnist --likelihood gaussian --no-report --amp"
+RUNS = {"ten": "--latent-dim 10 --epochs 15", "two": "--latent-dim 2 --epochs 10 --weights-epochs 1"}
 COMMANDS = """
 sample ten --n 32 --out sample.png
 sample ten --n 32 --from posterior --out sample-posterior.png
 reconstruct ten --n 16 --out reconstruct.png
 reconstruct ten --n 8 --worst --out worst.png
-traverse ten --index 3 --out traverse.png
-traverse ten --index 3 --steps 11 --out traverse.gif
+traverse ten --index 3 --range 2 --out traverse.png
+traverse ten --index 3 --range 2 --steps 11 --out traverse.gif
 traverse two --grid --out grid.png
-interpolate ten --from 0 1 6 --to 3 8 11 --out interpolate.png
+interpolate ten --from 0 1 6 --to 2 3 11 --out interpolate.png
 latents two --out latents.png
 latents ten --out latents-pca.png
 latents ten --tsne --out latents-tsne.png
 latents two --n 3000 --animate --out latents.gif
 """
 GREYS = 32
-COLOURS = 48
-WIDTH = 640  # of the scatters
+COLOURS = 256
+WIDTH = 640  # pixels of a scatter
 
 
 def shrink(source: Path, target: Path) -> None:
-    """The picture with less colours, and not wider than WIDTH where it has colours."""
+    """The picture with fewer colours, and not wider than WIDTH where it has colours."""
     with Image.open(source) as image:
         mode = "RGB" if "latents" in source.name else "L"
         frames, duration = [], []
@@ -56,18 +55,25 @@ def shrink(source: Path, target: Path) -> None:
         few[0].save(target, optimize=True)
 
 
+def make(work: Path) -> None:
+    """Train what is not there yet, look at it, and put the pictures into the gallery."""
+    for name, options in RUNS.items():
+        if not (work / name / "summary.json").exists():
+            run(f"{TRAIN} {options} --out {work / name}")
+    GALLERY.mkdir(exist_ok=True)
+    for line in COMMANDS.strip().split("\n"):
+        command, name, *options, picture = line.split()
+        run(" ".join([command, str(work / name), *options, str(work / picture)]))
+        shrink(work / picture, GALLERY / picture)
+        print(f"{GALLERY / picture}: {(GALLERY / picture).stat().st_size // 1024} KiB")
+
+
+def run(line: str) -> None:
+    """A command of fastvae. Raises SystemExit where it fails."""
+    if main(line.split()):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        for name, options in RUNS.items():
-            if main(shlex.split(f"{TRAIN} {options} --out {work / name}")):
-                sys.exit(1)
-        for line in COMMANDS.split("\n")[1:-1]:
-            command, run, *options = shlex.split(line)
-            options[-1] = str(work / options[-1])
-            if main([command, str(work / run), *options]):
-                sys.exit(1)
-        GALLERY.mkdir(exist_ok=True)
-        for picture in sorted([*work.glob("*.png"), *work.glob("*.gif")]):
-            shrink(picture, GALLERY / picture.name)
-            print(f"{GALLERY / picture.name}: {(GALLERY / picture.name).stat().st_size // 1024} KiB")
+        make(Path(sys.argv[1] if len(sys.argv) > 1 else folder))

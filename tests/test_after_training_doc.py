@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -47,3 +48,10 @@ def test_it_runs_as_it_stands(tmp_path: Path, monkeypatch, capsys) -> None:
                 status, output = shell.returncode, shell.stdout + shell.stderr
             assert status == (2 if "fastvae: error" in told else 0), output
             assert_printed(told, output)
+
+
+def test_its_pictures_are_there_and_small() -> None:
+    """Of scripts/gallery.py."""
+    shown = {DOC.parent / picture for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", DOC.read_text())}
+    assert shown == set((DOC.parent / "gallery").iterdir())
+    assert sum(path.stat().st_size for path in shown) < 3e6
