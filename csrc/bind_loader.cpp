@@ -54,8 +54,14 @@ Table table_of(std::shared_ptr<const Rows> rows, const std::optional<py::array>&
     return table;
 }
 
-Order order_of(std::int64_t n, std::uint64_t seed, std::uint64_t epoch, bool shuffle) {
-    return shuffle ? Order::shuffled(n, seed, epoch) : Order::sequential(n);
+// blocks: samples a block and blocks a window, or (0, 0) for an order without them.
+Blocks blocks_of(const std::pair<std::int64_t, std::int64_t>& blocks) {
+    if (blocks == std::pair<std::int64_t, std::int64_t>{}) return {};
+    if (blocks.first < 1 || blocks.second < 1) {
+        throw py::value_error("blocks is (" + std::to_string(blocks.first) + ", " + std::to_string(blocks.second) +
+                              "), expected samples a block and blocks a window, at least 1 each");
+    }
+    return {blocks.first, blocks.second};
 }
 
 // An array over a part of the batch's memory that keeps all of it alive.
@@ -131,8 +137,9 @@ std::unique_ptr<Loader> make_loader(std::shared_ptr<Rows> rows, const std::optio
     return std::make_unique<Loader>(table_of(std::move(rows), y, indices, form), batch_size, drop_last, workers);
 }
 
-PyBatches start(Loader& self, std::uint64_t seed, std::uint64_t epoch, bool shuffle, std::int64_t first_batch,
-                std::int64_t rank, std::int64_t ranks) {
+PyBatches start(Loader& self, std::uint64_t seed, std::uint64_t epoch, bool shuffle,
+                const std::pair<std::int64_t, std::int64_t>& blocks, std::int64_t first_batch, std::int64_t rank,
+                std::int64_t ranks) {
     if (rank < 0 || rank >= ranks) {
         throw py::value_error("rank is " + std::to_string(rank) + ", expected 0 <= rank < " +
                               std::to_string(ranks));
@@ -144,14 +151,17 @@ PyBatches start(Loader& self, std::uint64_t seed, std::uint64_t epoch, bool shuf
     const std::vector<std::int64_t> item_shape = self.table().item_shape();
     std::vector<py::ssize_t> shape{0};
     shape.insert(shape.end(), item_shape.begin(), item_shape.end());
-    const Order order = order_of(self.table().n_samples, seed, epoch, shuffle);
+    const std::int64_t n = self.table().n_samples;
+    const Order order = shuffle ? Order::shuffled(n, seed, epoch, blocks_of(blocks))
+                                : Order::sequential(n, blocks_of(blocks));
     return {self.start(order, seed, epoch, first_batch, Share{rank, ranks}), std::move(shape),
             dtype_of(self.table().form.element)};
 }
 
-py::array_t<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed, std::uint64_t epoch) {
+py::array_t<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed, std::uint64_t epoch,
+                                      const std::pair<std::int64_t, std::int64_t>& blocks) {
     if (n < 0) throw py::value_error("n is " + std::to_string(n) + ", expected at least 0");
-    const Order order = Order::shuffled(n, seed, epoch);
+    const Order order = Order::shuffled(n, seed, epoch, blocks_of(blocks));
     py::array_t<std::int64_t> result(n);
     order.fill(0, n, result.mutable_data());
     return result;
@@ -161,7 +171,9 @@ py::array_t<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed, std::u
 
 void bind_loader(py::module_& m) {
     m.def("epoch_order", &epoch_order, py::arg("n"), py::arg("seed"), py::arg("epoch"),
-          "The shuffled order of an epoch: int64 [n], a permutation that depends on (n, seed, epoch) alone.");
+          py::arg("blocks") = std::pair<std::int64_t, std::int64_t>{},
+          "The shuffled order of an epoch: int64 [n], a permutation that depends on (n, seed, epoch, blocks) alone; "
+          "blocks: samples a block and blocks a window, (0, 0) for none.");
 
     py::class_<PyBatches>(m, "Batches", "One pass over the data; ends its threads when dropped.",
                           py::release_gil_before_calling_cpp_dtor())
@@ -176,8 +188,8 @@ void bind_loader(py::module_& m) {
         .def("__len__", &Loader::n_batches)
         .def_property_readonly("item_shape",
                                [](const Loader& self) { return py::tuple(py::cast(self.table().item_shape())); })
-        .def("start", &start, py::arg("seed"), py::arg("epoch"), py::arg("shuffle"), py::arg("first_batch"),
-             py::arg("rank"), py::arg("ranks"), py::keep_alive<0, 1>(),
+        .def("start", &start, py::arg("seed"), py::arg("epoch"), py::arg("shuffle"), py::arg("blocks"),
+             py::arg("first_batch"), py::arg("rank"), py::arg("ranks"), py::keep_alive<0, 1>(),
              "Starts the workers on a rank's rows of the batches of an epoch, from `first_batch` on.");
 }
 

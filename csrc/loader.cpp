@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
+#include <limits>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -114,10 +115,12 @@ struct Batches::State {
     const std::size_t x_bytes;
 
     std::mutex mutex;
-    std::condition_variable room;  // the workers wait for a free slot
+    std::condition_variable room;   // the workers wait for a free slot
+    std::condition_variable moved;  // `look_ahead` waits for `claimed` to reach `look_at`
     std::vector<Slot> slots;       // batch k lies in slot k modulo their number
     std::int64_t claimed;
     std::int64_t delivered;
+    std::int64_t look_at = std::numeric_limits<std::int64_t>::max();
     bool stopping = false;
 
     std::mutex consumer;  // two Python threads may share an iterator
@@ -126,6 +129,11 @@ struct Batches::State {
 
     bool finished() const { return stopping || claimed >= n_batches; }
     bool has_room() const { return claimed < delivered + static_cast<std::int64_t>(slots.size()); }
+
+    std::int64_t claim() {
+        if (claimed + 1 >= look_at) moved.notify_one();
+        return claimed++;
+    }
 
     // Makes batch k with the lock released, and publishes it unless another thread was faster.
     void make(std::int64_t k, std::unique_lock<std::mutex>& lock) {
@@ -146,7 +154,61 @@ struct Batches::State {
         while (true) {
             room.wait(lock, [this] { return finished() || has_room(); });
             if (finished()) return;
-            make(claimed++, lock);
+            make(claim(), lock);
+        }
+    }
+
+    // Has the blocks of the next window read from the disk, as many as are done with of this one, and lets go of the
+    // windows that are done. A batch that is more than the slots behind the newest one has been delivered.
+    void look_ahead() {
+        std::unique_lock lock(mutex);
+        std::int64_t expected = order.window_first(block_of(claimed));
+        std::int64_t forgotten = expected;
+        while (!stopping) {
+            const std::int64_t block = block_of(claimed);
+            const std::int64_t window = order.window_first(block);
+            const std::int64_t ahead = std::min(order.n_blocks(), block + order.window_end(block) - window);
+            const std::int64_t behind = order.window_first(block_of(claimed - static_cast<std::int64_t>(slots.size())));
+            if (expected < ahead || forgotten < behind) {
+                lock.unlock();
+                if (forgotten < behind) {
+                    each_row_of(forgotten++, &Rows::forget);
+                } else {
+                    each_row_of(expected++, &Rows::expect);
+                }
+                lock.lock();
+                continue;
+            }
+            look_at = block + 1 == order.n_blocks()
+                          ? std::numeric_limits<std::int64_t>::max()
+                          : ((block + 1) * order.block_samples() + batch_size - 1) / batch_size;
+            moved.wait(lock, [this] { return stopping || claimed >= look_at; });
+        }
+        lock.unlock();
+        while (forgotten < expected) each_row_of(forgotten++, &Rows::forget);
+    }
+
+    // The block of the first sample of batch k, or the nearest one that is read.
+    std::int64_t block_of(std::int64_t k) const {
+        return order.block_at(std::clamp<std::int64_t>(k * batch_size, 0, order.size() - 1));
+    }
+
+    // Calls `tell` with the rows of a block, in pieces without large gaps.
+    void each_row_of(std::int64_t block, void (Rows::*tell)(std::int64_t first, std::int64_t count) const) const {
+        constexpr std::int64_t kGap = 8;
+        for (const Span& span : order.samples_of(block)) {
+            if (span.count == 0) continue;
+            if (!table.indices) {
+                (*table.rows.*tell)(span.first, span.count);
+                continue;
+            }
+            const std::int64_t* const rows = table.indices + span.first;
+            std::int64_t begin = 0;
+            for (std::int64_t i = 1; i <= span.count; ++i) {
+                if (i < span.count && rows[i] >= rows[i - 1] && rows[i] - rows[i - 1] <= kGap) continue;
+                (*table.rows.*tell)(rows[begin], rows[i - 1] - rows[begin] + 1);
+                begin = i;
+            }
         }
     }
 
@@ -177,9 +239,12 @@ Batches::Batches(const Table& table, const Order& order, std::int64_t batch_size
       state_(std::make_shared<State>(table, order, batch_size, first_batch, n_batches, share, workers,
                                      std::move(pool))),
       threads_(std::make_unique<std::vector<std::thread>>()) {
-    threads_->reserve(static_cast<std::size_t>(workers));
+    threads_->reserve(static_cast<std::size_t>(workers) + 1);
     try {
         for (int i = 0; i < workers; ++i) threads_->emplace_back([state = state_] { state->work(); });
+        if (first_batch < n_batches && order.n_blocks() > 0 && table.rows->on_disk()) {
+            threads_->emplace_back([state = state_] { state->look_ahead(); });
+        }
     } catch (...) {
         stop();
         throw;
@@ -201,6 +266,7 @@ void Batches::stop() {
         state_->stopping = true;
     }
     state_->room.notify_all();
+    state_->moved.notify_all();
     for (std::thread& thread : *threads_) thread.join();
 }
 
@@ -217,7 +283,7 @@ std::optional<Batch> Batches::next() {
     while (!slot.ready) {
         // With nothing left to claim, the batch is in the hands of a worker, who may have lost its core for
         // milliseconds to a spinning thread: making the same batch again is sooner than waiting.
-        state.make(!state.finished() && state.has_room() ? state.claimed++ : state.delivered, lock);
+        state.make(!state.finished() && state.has_room() ? state.claim() : state.delivered, lock);
     }
     State::Slot done = std::exchange(slot, {});
     ++state.delivered;
@@ -246,6 +312,7 @@ std::shared_ptr<BufferPool> Loader::make_pool() const {
 
 std::unique_ptr<Batches> Loader::start(const Order& order, std::uint64_t seed, std::uint64_t epoch,
                                        std::int64_t first_batch, const Share& share) {
+    table_.rows->check();
     if (pool_->process() != getpid()) pool_ = make_pool();
     const auto workers = static_cast<int>(std::min<std::int64_t>(workers_, n_batches_ - first_batch));
     Table table = table_;

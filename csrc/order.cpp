@@ -1,5 +1,6 @@
 #include "order.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <numeric>
 
@@ -7,6 +8,13 @@
 
 namespace fastvae {
 namespace {
+
+// What an epoch's key is used for; any numbers that differ.
+constexpr std::uint64_t kBlocks = 1;
+constexpr std::uint64_t kWindows = 2;
+constexpr std::uint64_t kStart = 3;
+
+constexpr std::size_t kTogether = 256;
 
 // After the finalizer of MurmurHash3: 32 bits wide, so that a vector holds many.
 [[gnu::always_inline]] inline std::uint32_t round_function(std::uint32_t half, std::uint32_t key) {
@@ -17,52 +25,46 @@ namespace {
 
 }  // namespace
 
-Order Order::sequential(std::int64_t n) { return Order(n); }
-
-Order Order::shuffled(std::int64_t n, std::uint64_t seed, std::uint64_t epoch) {
-    Order order(n);
-    order.shuffled_ = n > 1;
-    const int bits = n > 1 ? std::bit_width(static_cast<std::uint64_t>(n - 1)) : 0;
-    order.high_bits_ = bits / 2;
-    order.low_bits_ = bits - order.high_bits_;
-    const std::uint64_t key = epoch_key(seed, epoch);
+Permutation::Permutation(std::int64_t n, std::uint64_t key) : n_(static_cast<std::uint64_t>(n)) {
+    const int bits = n > 1 ? std::bit_width(n_ - 1) : 0;
+    high_bits_ = bits / 2;
+    low_bits_ = bits - high_bits_;
     for (std::size_t r = 0; r < kRounds; ++r) {
-        order.keys_[r] = static_cast<std::uint32_t>(mix(key + (r + 1) * kGolden) >> 32);
+        keys_[r] = static_cast<std::uint32_t>(mix(key + (r + 1) * kGolden) >> 32);
     }
-    return order;
 }
 
-// One pass of the network over a range of positions, in one source for every instruction set.
-struct Order::Passes {
-    using Function = void (*)(const Order& order, std::int64_t first, std::int64_t count, std::int64_t* out);
+// One pass of the network over some values, in one source for every instruction set.
+struct Permutation::Passes {
+    using Function = void (*)(const Permutation& permutation, std::int64_t* values, std::int64_t count);
 
-    [[gnu::always_inline]] static inline std::uint64_t one(const Order& order, std::uint64_t value) {
-        const auto low_mask = static_cast<std::uint32_t>((std::uint64_t{1} << order.low_bits_) - 1);
-        const auto high_mask = static_cast<std::uint32_t>((std::uint64_t{1} << order.high_bits_) - 1);
+    [[gnu::always_inline]] static inline std::uint64_t one(const Permutation& permutation, std::uint64_t value) {
+        const auto low_mask = static_cast<std::uint32_t>((std::uint64_t{1} << permutation.low_bits_) - 1);
+        const auto high_mask = static_cast<std::uint32_t>((std::uint64_t{1} << permutation.high_bits_) - 1);
         std::uint32_t low = static_cast<std::uint32_t>(value) & low_mask;
-        auto high = static_cast<std::uint32_t>(value >> order.low_bits_);
+        auto high = static_cast<std::uint32_t>(value >> permutation.low_bits_);
         for (std::size_t r = 0; r < kRounds; r += 2) {
-            low ^= round_function(high, order.keys_[r]) & low_mask;
-            high ^= round_function(low, order.keys_[r + 1]) & high_mask;
+            low ^= round_function(high, permutation.keys_[r]) & low_mask;
+            high ^= round_function(low, permutation.keys_[r + 1]) & high_mask;
         }
-        return (std::uint64_t{high} << order.low_bits_) | low;
+        return (std::uint64_t{high} << permutation.low_bits_) | low;
     }
 
-    [[gnu::always_inline]] static inline void range(const Order& shared, std::int64_t first, std::int64_t count,
-                                                    std::int64_t* __restrict out) {
-        const Order order = shared;
+    [[gnu::always_inline]] static inline void all(const Permutation& shared, std::int64_t* values,
+                                                  std::int64_t count) {
+        const Permutation permutation = shared;
         for (std::int64_t i = 0; i < count; ++i) {
-            out[i] = static_cast<std::int64_t>(one(order, static_cast<std::uint64_t>(first + i)));
+            values[i] = static_cast<std::int64_t>(one(permutation, static_cast<std::uint64_t>(values[i])));
         }
     }
 
-    static void baseline(const Order& order, std::int64_t first, std::int64_t count, std::int64_t* out) {
-        range(order, first, count, out);
+    static void baseline(const Permutation& permutation, std::int64_t* values, std::int64_t count) {
+        all(permutation, values, count);
     }
 #if defined(__x86_64__)
-    [[gnu::target("avx2")]] static void avx2(const Order& order, std::int64_t first, std::int64_t count,
-                                             std::int64_t* out) {
-        range(order, first, count, out);
+    [[gnu::target("avx2")]] static void avx2(const Permutation& permutation, std::int64_t* values,
+                                             std::int64_t count) {
+        all(permutation, values, count);
     }
 #endif
 
@@ -74,17 +76,107 @@ struct Order::Passes {
     }
 };
 
+void Permutation::apply(std::int64_t* values, std::int64_t count) const {
+    if (n_ < 2) return;
+    Passes::best()(*this, values, count);
+    for (std::int64_t i = 0; i < count; ++i) {
+        auto value = static_cast<std::uint64_t>(values[i]);
+        while (value >= n_) value = Passes::one(*this, value);
+        values[i] = static_cast<std::int64_t>(value);
+    }
+}
+
+Order::Order(std::int64_t n, const Blocks& blocks) : n_(n), blocks_(blocks) {
+    if (blocks_.samples == 0) return;
+    n_blocks_ = n / blocks_.samples + (n % blocks_.samples != 0);
+    n_windows_ = std::max<std::int64_t>(1, n_blocks_ / blocks_.per_window + (n_blocks_ % blocks_.per_window != 0));
+}
+
+Order Order::sequential(std::int64_t n, const Blocks& blocks) { return {n, blocks}; }
+
+Order Order::shuffled(std::int64_t n, std::uint64_t seed, std::uint64_t epoch) {
+    Order order(n, {});
+    order.shuffled_ = true;
+    order.whole_ = Permutation(n, epoch_key(seed, epoch));
+    return order;
+}
+
+Order Order::shuffled(std::int64_t n, std::uint64_t seed, std::uint64_t epoch, const Blocks& blocks) {
+    Order order(n, blocks);
+    if (order.n_windows_ < 2) return shuffled(n, seed, epoch);
+    const std::uint64_t key = epoch_key(seed, epoch);
+    order.shuffled_ = true;
+    order.whole_ = Permutation(n / blocks.samples, mix(key ^ kBlocks));
+    order.window_key_ = mix(key ^ kWindows);
+    order.first_sample_ = static_cast<std::int64_t>(mix(key ^ kStart) % static_cast<std::uint64_t>(n));
+    return order;
+}
+
+std::int64_t Order::window_begin(std::int64_t window) const {
+    return window * (n_blocks_ / n_windows_) + std::min(window, n_blocks_ % n_windows_);
+}
+
+std::int64_t Order::window_of(std::int64_t block) const {
+    const std::int64_t base = n_blocks_ / n_windows_;
+    const std::int64_t longer = n_blocks_ % n_windows_;
+    const std::int64_t end = longer * (base + 1);
+    return block < end ? block / (base + 1) : longer + (block - end) / base;
+}
+
+std::array<Span, 2> Order::samples_of(std::int64_t block) const {
+    std::int64_t place = block;
+    if (shuffled_) permute_blocks(&place, 1);
+    const std::int64_t count = std::min(blocks_.samples, n_ - block * blocks_.samples);
+    const std::int64_t first = wrapped(place * blocks_.samples + first_sample_);
+    const std::int64_t before_end = std::min(count, n_ - first);
+    return {Span{first, before_end}, Span{0, count - before_end}};
+}
+
 void Order::fill(std::int64_t first, std::int64_t count, std::int64_t* samples) const {
-    if (!shuffled_) {
+    if (!shuffled_ || n_windows_ < 2) {
         std::iota(samples, samples + count, first);
+        if (shuffled_) whole_.apply(samples, count);
         return;
     }
-    Passes::best()(*this, first, count, samples);
-    for (std::int64_t i = 0; i < count; ++i) {
-        auto value = static_cast<std::uint64_t>(samples[i]);
-        while (value >= n_) value = Passes::one(*this, value);
-        samples[i] = static_cast<std::int64_t>(value);
+    while (count > 0) {
+        const std::int64_t end = std::min(n_, window_end(block_at(first)) * blocks_.samples);
+        const std::int64_t here = std::min(count, end - first);
+        fill_window(first, here, samples);
+        first += here;
+        samples += here;
+        count -= here;
     }
+}
+
+// `fill` within one window.
+void Order::fill_window(std::int64_t first, std::int64_t count, std::int64_t* samples) const {
+    const std::int64_t window = window_of(block_at(first));
+    const std::int64_t begin = window_begin(window) * blocks_.samples;
+    const std::int64_t end = std::min(n_, window_begin(window + 1) * blocks_.samples);
+    std::iota(samples, samples + count, first - begin);
+    Permutation(end - begin, window_key_ + static_cast<std::uint64_t>(window) * kGolden).apply(samples, count);
+
+    std::array<std::int64_t, kTogether> places{};
+    for (std::int64_t done = 0; done < count;) {
+        const std::int64_t some = std::min(count - done, static_cast<std::int64_t>(places.size()));
+        std::int64_t* const here = samples + done;
+        for (std::int64_t i = 0; i < some; ++i) places[i] = (begin + here[i]) / blocks_.samples;
+        for (std::int64_t i = 0; i < some; ++i) here[i] += begin - places[i] * blocks_.samples;
+        permute_blocks(places.data(), some);
+        for (std::int64_t i = 0; i < some; ++i) {
+            here[i] = wrapped(here[i] + places[i] * blocks_.samples + first_sample_);
+        }
+        done += some;
+    }
+}
+
+// Replaces blocks by those that stand at their places, at most kTogether. The short block, the last one, stays.
+void Order::permute_blocks(std::int64_t* blocks, std::int64_t count) const {
+    const std::int64_t whole = n_ / blocks_.samples;
+    std::array<std::int64_t, kTogether> moved{};
+    for (std::int64_t i = 0; i < count; ++i) moved[i] = std::min(blocks[i], whole - 1);
+    whole_.apply(moved.data(), count);
+    for (std::int64_t i = 0; i < count; ++i) blocks[i] = blocks[i] < whole ? moved[i] : blocks[i];
 }
 
 }  // namespace fastvae

@@ -29,6 +29,12 @@ public:
 
     // How the rows lie before a RowWriter has them, which decides what a form can ask for.
     virtual RowLayout layout() const = 0;
+    // Throws where the samples are no longer those that were opened; called as a pass begins.
+    virtual void check() const {}
+    // Whether it is of use to tell which rows will be gathered soon, and which not for a while.
+    virtual bool on_disk() const { return false; }
+    virtual void expect([[maybe_unused]] std::int64_t first, [[maybe_unused]] std::int64_t count) const {}
+    virtual void forget([[maybe_unused]] std::int64_t first, [[maybe_unused]] std::int64_t count) const {}
 
 private:
     const std::int64_t n_rows_;
@@ -64,6 +70,10 @@ public:
 
     void gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const override;
     RowLayout layout() const override { return layout_; }
+
+    const std::byte* data() const { return data_; }
+    // `gather` with a writer; it has nothing to destroy, and may be left by a jump.
+    void write(const RowWriter& writer, const std::int64_t* rows, std::int64_t n, std::byte* out) const;
 
 private:
     const std::byte* const data_;

@@ -90,7 +90,7 @@ def box_muller(
 
 def instruction_sets() -> list[str]: ...
 def bf16_supported() -> bool: ...
-def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]: ...
+def epoch_order(n: int, seed: int, epoch: int, blocks: tuple[int, int] = (0, 0)) -> npt.NDArray[np.int64]: ...
 
 class Batches(Iterator[Any]):
     def __iter__(self) -> Batches: ...
@@ -123,6 +123,20 @@ class ShapeRows(Rows):
     def __init__(self, numbers: npt.NDArray[np.int64] | None) -> None: ...
     def images(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]: ...
 
+class WatchedFile:
+    def __init__(self, path: bytes, name: str, changes_are_ours: bool) -> None: ...
+
+class MappedRows(Rows):
+    def __init__(
+        self,
+        rows: DenseRows,
+        file: WatchedFile,
+        *,
+        offset: int,
+        row_shape: Sequence[int],
+        shared: bool,
+    ) -> None: ...
+
 class Loader:
     def __init__(
         self,
@@ -141,5 +155,12 @@ class Loader:
     def item_shape(self) -> tuple[int, ...]: ...
     def __len__(self) -> int: ...
     def start(
-        self, seed: int, epoch: int, shuffle: bool, first_batch: int, rank: int, ranks: int
+        self,
+        seed: int,
+        epoch: int,
+        shuffle: bool,
+        blocks: tuple[int, int],
+        first_batch: int,
+        rank: int,
+        ranks: int,
     ) -> Batches: ...

@@ -8,63 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from orders import feistel_order, numbered, rows_of
 from processes import run_python
 
 from fastvae import _native
 from fastvae.data.loader import DataLoader
 from fastvae.data.sources import ArraySource
 
-MASK64 = 2**64 - 1
-GOLDEN = 0x9E3779B97F4A7C15
-
 
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
-
-
-def mix(z: int) -> int:
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK64
-    return z ^ (z >> 31)
-
-
-def round_function(half: int, key: int) -> int:
-    h = (half ^ key) * 0x85EBCA6B & 0xFFFFFFFF
-    h = (h ^ (h >> 15)) * 0xC2B2AE35 & 0xFFFFFFFF
-    return h ^ (h >> 16)
-
-
-def feistel_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The specification of the shuffled order."""
-    bits = (n - 1).bit_length() if n > 1 else 0
-    high_bits, low_bits = bits // 2, bits - bits // 2
-    key = mix((mix((seed + GOLDEN) & MASK64) + epoch) & MASK64)
-    keys = [mix((key + (r + 1) * GOLDEN) & MASK64) >> 32 for r in range(8)]
-
-    def once(value: int) -> int:
-        low, high = value & ((1 << low_bits) - 1), value >> low_bits
-        for r in range(0, 8, 2):
-            low ^= round_function(high, keys[r]) & ((1 << low_bits) - 1)
-            high ^= round_function(low, keys[r + 1]) & ((1 << high_bits) - 1)
-        return high << low_bits | low
-
-    order = []
-    for position in range(n):
-        value = once(position) if n > 1 else position
-        while value >= n:
-            value = once(value)
-        order.append(value)
-    return order
-
-
-def rows_of(loader: DataLoader) -> np.ndarray:
-    """The rows that one pass delivers, read off data whose value is the row."""
-    return np.concatenate([batch.numpy()[:, 0] for batch in loader]).astype(np.int64)
-
-
-def numbered(n: int) -> np.ndarray:
-    return np.arange(n, dtype=np.float32)[:, None].repeat(3, axis=1)
 
 
 def n_threads() -> int:

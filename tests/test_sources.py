@@ -212,9 +212,9 @@ def test_nan_and_inf_are_found(tmp_path: Path, dtype: type, monkeypatch: pytest.
     monkeypatch.setattr("fastvae.data.sources._SCAN_BYTES", 64)
     x = np.zeros((50, 3, 4), dtype)
     x[30, 2, 1], x[31, 0, 0], x[31, 0, 1] = np.nan, np.inf, -np.inf
-    np.save(tmp_path / "x.npy", x)
-    with pytest.raises(DataError, match=r"x\.npy: 3 values are NaN .* first nan at \[30, 2, 1\]"):
-        open_source(tmp_path / "x.npy")
+    np.savez(tmp_path / "x.npz", x=x)
+    with pytest.raises(DataError, match=r"x\.npz: 3 values are NaN .* first nan at \[30, 2, 1\]"):
+        open_source(tmp_path / "x.npz")
 
 
 def test_finite_is_meant_in_float32() -> None:

@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -170,7 +171,7 @@ def _loaders(
     config: TrainConfig, data: Dataset, on_gpu: bool
 ) -> tuple[DataLoader, DataLoader, DataLoader | None]:
     """The loaders of training, validation and test data."""
-    from ..data import DataLoader, open_source, split
+    from ..data import DataLoader, ShuffleWarning, open_source, split
 
     train_rows, val_rows, val_source = None, None, data.train
     if isinstance(config.val, str):
@@ -185,14 +186,16 @@ def _loaders(
             if source is not None:
                 _check_unit_interval(source)
     num_workers = workers(data.train, on_gpu)
-    train = DataLoader(
-        data.train,
-        config.batch_size,
-        shuffle=True,
-        seed=config.seed,
-        num_workers=num_workers,
-        indices=train_rows,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShuffleWarning)  # its note is printed
+        train = DataLoader(
+            data.train,
+            config.batch_size,
+            shuffle=True,
+            seed=config.seed,
+            num_workers=num_workers,
+            indices=train_rows,
+        )
     val = DataLoader(val_source, EVALUATED, num_workers=num_workers, indices=val_rows)
     test = None if data.test is None else DataLoader(data.test, EVALUATED, num_workers=num_workers)
     if val.item_shape != train.item_shape:
@@ -209,6 +212,8 @@ def _print_data(data: Dataset, train: DataLoader, val: DataLoader, test: DataLoa
     loaders = {"training": train, "validation": val} | ({} if test is None else {"test": test})
     sizes = ", ".join(f"{loader.n_samples:,} for {use}" for use, loader in loaders.items())
     print(f"data: {data.name}, items of {_shape(train)}, {sizes}")
+    if train.note:
+        print(f"data: {train.note}")
 
 
 def _check_unit_interval(source: Source) -> None:

@@ -1,7 +1,7 @@
 """Data: sources that open anything as rows, datasets by name, and the loader."""
 
 from .datasets import Dataset, resolve, split
-from .loader import DataLoader
+from .loader import DataLoader, ShuffleWarning
 from .shapes import ShapeSource
 from .sources import ArraySource, DataError, Source, as_source, open_source, source_from_arrays
 from .transform import Transform
@@ -12,6 +12,7 @@ __all__ = [
     "DataLoader",
     "Dataset",
     "ShapeSource",
+    "ShuffleWarning",
     "Source",
     "Transform",
     "as_source",

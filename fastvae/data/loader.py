@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
+import warnings
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -12,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from .. import _native
+from .mapped import sequential_blocks, shuffled_blocks, window_for
 from .sources import DataError, Source, SourceLike, as_source
 from .transform import Transform
 
@@ -26,6 +29,10 @@ _DTYPES = {
 _MAX_WORKERS = 4  # a few threads reach the memory's rate
 
 
+class ShuffleWarning(UserWarning):
+    """The data are shuffled in windows, as they are too much for the memory at once."""
+
+
 class DataLoader:
     """Batches of a source, gathered ahead of their consumer by C++ threads.
 
@@ -37,9 +44,17 @@ class DataLoader:
     next; `set_epoch` says which epoch the next pass is, and where in it to begin. A pass ends its threads
     when it is dropped, as by `break`. After a fork, begin a new pass in the child.
 
+    Data in a memory-mapped file may be larger than the memory: passes have what comes next read ahead, and
+    let go of what is done. To shuffle such data, blocks of consecutive samples are put into a random order,
+    and the samples of one `window` of it after another are permuted. A file that is cut, changed or replaced
+    while it is in use, and a float in it that is NaN or infinite, is a DataError when a batch meets it.
+
     source: a Source, an array or CPU tensor [N, ...], a pair (x, y), or a path (see `sources`).
     batch_size: samples a batch, at least 1.
     seed: of the shuffling and of `transform`, 0 <= seed < 2**64.
+    window: samples to shuffle at a time, at least 1, in blocks of at most 1 MiB of them; N or more is all at
+        once. None is all, but for a mapped file of more than half of the memory that this machine, or the
+        container, has: then a ShuffleWarning tells the window, up to 256 MiB, and so does `note`.
     drop_last: leave out a last batch smaller than batch_size.
     num_workers: threads; 0 gathers in the calling thread, which is best for data in memory where all cores
         compute; None is half of this process's cores and at most 4.
@@ -63,6 +78,7 @@ class DataLoader:
         num_workers: int | None = None,
         dtype: torch.dtype = torch.float32,
         transform: Transform | None = None,
+        window: int | None = None,
         indices: npt.ArrayLike | torch.Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -80,6 +96,10 @@ class DataLoader:
         self.set_rank(rank, world_size)
         chosen = None if indices is None else _indices(indices)
         self._n_samples = self._source.n_samples if chosen is None else len(chosen)
+        self.note: str | None = None
+        self.window = self._window(window)
+        if chosen is not None and self.window is not None:
+            chosen.sort()  # blocks of them are to lie together
         self._native = _native.Loader(
             self._source.rows(),
             self._source.y,
@@ -90,6 +110,34 @@ class DataLoader:
             dtype=_DTYPES[dtype],
             transform=None if transform is None else transform.native(self._source.dtype == np.uint8),
         )
+
+    def _window(self, given: int | None) -> int | None:
+        """The samples to shuffle at a time, None for all; sets `note` where that is not what is asked for."""
+        if given is not None:
+            given = _integer("window", given, 1, 2**62)
+            return given if self.shuffle and given < self._n_samples else None
+        if not self.shuffle or self._source.in_memory:
+            return None
+        window = window_for(self._n_samples, self._row_bytes)
+        if window is not None:
+            size = f"{self._n_samples * self._row_bytes / 1e9:,.1f} GB"
+            self.note = (
+                f"{self._source.name}: {size}, too much for the memory at once; shuffled in windows of "
+                f"{window:,} samples"
+            )
+            warnings.warn(f"{self.note}; window= sets another", ShuffleWarning, stacklevel=3)
+        return window
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self._source.item_shape) * self._source.dtype.itemsize
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        """Samples a block and blocks a window of a pass; (0, 0) where there are none."""
+        if self.window is not None:
+            return shuffled_blocks(self.window, self._row_bytes)
+        return (0, 0) if self.shuffle or self._source.in_memory else sequential_blocks(self._row_bytes)
 
     @property
     def n_samples(self) -> int:
@@ -140,6 +188,7 @@ class DataLoader:
             seed=self.seed,
             epoch=epoch,
             shuffle=self.shuffle,
+            blocks=self._blocks,
             first_batch=first_batch,
             rank=self.rank,
             ranks=self.world_size,
@@ -197,4 +246,4 @@ def _indices(indices: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.int64]:
     if array.ndim != 1 or array.dtype.kind not in "iu":
         got = f"{array.dtype} of shape {list(array.shape)}"
         raise ValueError(f"indices is {got}, expected integers of shape [M]")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return np.array(array, dtype=np.int64)

@@ -17,7 +17,7 @@ import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from .. import _native
+from .mapped import MappedFile, mapped_file, mapped_rows
 from .memory import TOO_LARGE, available_memory
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -112,6 +113,10 @@ class ArraySource(Source):
     name: str = "array"
     channels_last: bool = False
     classes: tuple[str, ...] = ()
+    file: MappedFile | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", mapped_file(self.x))
 
     @property
     def n_samples(self) -> int:
@@ -134,10 +139,7 @@ class ArraySource(Source):
     @property
     def in_memory(self) -> bool:
         """Whether x is not a memory-mapped file."""
-        array: Any = self.x
-        while array is not None and not isinstance(array, np.memmap):
-            array = getattr(array, "base", None)
-        return array is None
+        return self.file is None
 
     def value_range(self) -> tuple[float, float]:
         """[0, 1] for uint8, whatever is in it; else the smallest and the largest value of x."""
@@ -145,7 +147,8 @@ class ArraySource(Source):
 
     def rows(self) -> _native.Rows:
         """The rows of x."""
-        return _native.DenseRows(self.x, item_shape=self.item_shape, channels_last=self.channels_last)
+        rows = _native.DenseRows(self.x, item_shape=self.item_shape, channels_last=self.channels_last)
+        return rows if self.file is None else mapped_rows(self.x, rows, self.file)
 
 
 def source_from_arrays(
@@ -162,18 +165,20 @@ def source_from_arrays(
     shape stays as it is. uint8 is used as x / 255, bool becomes 0.0 and 1.0, floats become float32. y [N]
     holds integers.
 
-    Raises DataError for an empty array, another dtype, NaN or inf, and labels that do not fit.
+    Raises DataError for an empty array, another dtype, NaN or inf, and labels that do not fit. Floats in a
+    mapped file are not looked at here, for it may be large: a loader does as it reads them.
     """
     if x.ndim < 2:
         raise DataError(f"{name}: shape {list(x.shape)}, expected [N, ...] with at least one feature")
     _bytes_of(x.shape, x.dtype, name)
     x = _usable(x, name)
-    if x.dtype != np.uint8:
-        _check_finite(x, name)
     labels = None if y is None else _labels(y, x.shape[0], name)
     if channels_last is None:
         channels_last = _is_channels_last(x.shape)
-    return ArraySource(x, labels, name, channels_last, classes)
+    source = ArraySource(x, labels, name, channels_last, classes)
+    if x.dtype != np.uint8 and source.in_memory:
+        _check_finite(x, name)
+    return source
 
 
 def as_source(data: SourceLike) -> Source:

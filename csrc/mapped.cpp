@@ -1,0 +1,207 @@
+#include "mapped.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "guard.hpp"
+
+namespace fastvae {
+namespace {
+
+// What the kernel reads ahead for one call, at least.
+constexpr std::size_t kAdvised = std::size_t{1} << 17;
+// What one page fault may map, at the most.
+constexpr std::size_t kAround = std::size_t{1} << 21;
+// Rows that are checked and then written from the cache.
+constexpr std::size_t kChecked = std::size_t{1} << 16;
+
+// NaN and infinity, by their exponent.
+inline bool is_finite(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7f800000U) != 0x7f800000U; }
+
+template <typename T>
+std::int64_t find_not_finite(const std::byte* row, std::int64_t n) {
+    const T* const x = reinterpret_cast<const T*>(row);
+    bool all = true;
+    for (std::int64_t i = 0; i < n; ++i) all &= is_finite(static_cast<float>(x[i]));
+    if (all) return -1;
+    const T* const found = std::find_if(x, x + n, [](T value) { return !is_finite(static_cast<float>(value)); });
+    return found == x + n ? -1 : found - x;
+}
+
+std::size_t page_size() {
+    static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    return size;
+}
+
+bool equal(const struct timespec& a, const struct timespec& b) {
+    return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+}
+
+int open_to_watch(const std::string& path, const std::string& name) {
+    const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0) throw DataError(name + ": " + std::strerror(errno) + "; expected the file that is mapped");
+    return descriptor;
+}
+
+}  // namespace
+
+WatchedFile::WatchedFile(std::string path, std::string name, bool changes_are_ours)
+    : path_(std::move(path)),
+      name_(std::move(name)),
+      changes_are_ours_(changes_are_ours),
+      descriptor_(open_to_watch(path_, name_)) {
+    static_cast<void>(fstat(descriptor_, &opened_));
+}
+
+WatchedFile::~WatchedFile() { close(descriptor_); }
+
+std::int64_t WatchedFile::size() const {
+    struct stat now {};
+    return fstat(descriptor_, &now) == 0 ? now.st_size : 0;
+}
+
+std::string WatchedFile::change() const {
+    struct stat now {};
+    if (fstat(descriptor_, &now) != 0) return std::string("cannot be looked at: ") + std::strerror(errno);
+    if (now.st_size != opened_.st_size) {
+        return std::to_string(now.st_size) + " bytes, was opened with " + std::to_string(opened_.st_size);
+    }
+    if (!changes_are_ours_ && !equal(now.st_mtim, opened_.st_mtim)) return "was written to since it was opened";
+    return {};
+}
+
+std::string WatchedFile::replacement() const {
+    struct stat now {};
+    if (stat(path_.c_str(), &now) != 0) return std::strerror(errno);
+    if (now.st_dev != opened_.st_dev || now.st_ino != opened_.st_ino) return "another file now";
+    return {};
+}
+
+MappedRows::MappedRows(std::shared_ptr<const DenseRows> rows, std::shared_ptr<const WatchedFile> file,
+                       std::int64_t offset, std::vector<std::int64_t> row_shape, bool shared)
+    : Rows(rows->n_rows(), rows->item_shape()),
+      rows_(std::move(rows)),
+      file_(std::move(file)),
+      offset_(offset),
+      row_shape_(std::move(row_shape)),
+      shared_(shared) {
+    take_sigbus();
+}
+
+struct MappedRows::Reading {
+    const MappedRows* self;
+    const std::int64_t* rows;
+    std::int64_t n;
+    const RowWriter* writer;
+    std::byte* out;
+    std::int64_t bad_row = -1;
+    std::int64_t bad_value = -1;
+};
+
+// Within a guarded read: nothing that has to be destroyed.
+void MappedRows::read(void* argument) {
+    Reading& reading = *static_cast<Reading*>(argument);
+    const DenseRows& dense = *reading.self->rows_;
+    if (dense.layout().element == Element::uint8) {
+        dense.write(*reading.writer, reading.rows, reading.n, reading.out);
+        return;
+    }
+    const std::size_t bytes = reading.writer->bytes();
+    const auto together = static_cast<std::int64_t>(std::max<std::size_t>(1, kChecked / dense.layout().bytes()));
+    for (std::int64_t i = 0; i < reading.n; i += together) {
+        const std::int64_t end = std::min(reading.n, i + together);
+        for (std::int64_t k = i; k < end; ++k) {
+            reading.bad_value = reading.self->first_not_finite(reading.rows[k]);
+            if (reading.bad_value >= 0) {
+                reading.bad_row = reading.rows[k];
+                return;
+            }
+        }
+        dense.write(*reading.writer, reading.rows + i, end - i,
+                    reading.out + static_cast<std::size_t>(i) * bytes);
+    }
+}
+
+void MappedRows::gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const {
+    const std::size_t row_bytes = rows_->layout().bytes();
+    const RowWriter writer(layout(), form);
+    Reading reading{this, rows, n, &writer, out};
+    const std::byte* const lost =
+        guarded_read(rows_->data(), static_cast<std::size_t>(n_rows()) * row_bytes, read, &reading);
+    const std::string change = file_->change();
+    if (!change.empty()) throw_changed(change, n > 0 ? rows[0] : 0);
+    if (lost != nullptr) {
+        const std::size_t row = static_cast<std::size_t>(lost - rows_->data()) / row_bytes;
+        throw DataError(file_->name() + ": row " + std::to_string(row) +
+                        " could not be read from the disk; check it, or copy the file to another");
+    }
+    if (reading.bad_row >= 0) {
+        std::string place;
+        std::int64_t rest = reading.bad_value;
+        for (auto size = row_shape_.rbegin(); size != row_shape_.rend(); ++size) {
+            place.insert(0, ", " + std::to_string(rest % *size));
+            rest /= *size;
+        }
+        throw DataError(file_->name() + ": NaN or infinite at [" + std::to_string(reading.bad_row) + place +
+                        "]; expected finite float32");
+    }
+}
+
+void MappedRows::throw_changed(const std::string& change, std::int64_t row) const {
+    const auto bytes = static_cast<std::int64_t>(rows_->layout().bytes());
+    const std::int64_t whole = std::max<std::int64_t>(0, file_->size() - offset_) / bytes;
+    const std::string place = whole < n_rows() ? "; rows from " + std::to_string(whole) + " on are gone"
+                                               : "; seen at row " + std::to_string(row);
+    throw DataError(file_->name() + ": changed while in use: " + change + place + "; open it again when it is whole");
+}
+
+void MappedRows::check() const {
+    take_sigbus();  // where it was taken from us since
+    const std::string replacement = file_->replacement();
+    if (!replacement.empty()) {
+        throw DataError(file_->name() + ": is not the file that was opened: " + replacement + "; open it again");
+    }
+    const std::string change = file_->change();
+    if (!change.empty()) throw_changed(change, 0);
+}
+
+void MappedRows::expect(std::int64_t first, std::int64_t count) const {
+    const std::size_t row_bytes = rows_->layout().bytes();
+    const std::byte* const begin = rows_->data() + static_cast<std::size_t>(first) * row_bytes;
+    const std::size_t before = reinterpret_cast<std::uintptr_t>(begin) % page_size();
+    const std::size_t bytes = before + static_cast<std::size_t>(count) * row_bytes;
+    // in pieces, as the kernel leaves out what is more than it would read ahead at once
+    for (std::size_t done = 0; done < bytes; done += kAdvised) {
+        auto* const piece = const_cast<std::byte*>(begin - before + done);
+        static_cast<void>(madvise(piece, std::min(kAdvised, bytes - done), MADV_WILLNEED));
+    }
+}
+
+void MappedRows::forget(std::int64_t first, std::int64_t count) const {
+    if (!shared_) return;
+    const std::size_t row_bytes = rows_->layout().bytes();
+    const auto data = reinterpret_cast<std::uintptr_t>(rows_->data());
+    const std::uintptr_t end_of_data = data + static_cast<std::size_t>(n_rows()) * row_bytes;
+    // A fault brings the pages around it too, up to a huge one. What else is in use here comes back by itself.
+    const std::uintptr_t from = (data + static_cast<std::size_t>(first) * row_bytes) / kAround * kAround;
+    const std::uintptr_t to = (data + static_cast<std::size_t>(first + count) * row_bytes) / kAround * kAround + kAround;
+    const std::uintptr_t begin = std::max(from, data / page_size() * page_size());
+    static_cast<void>(madvise(reinterpret_cast<void*>(begin), std::min(to, end_of_data) - begin, MADV_DONTNEED));
+}
+
+std::int64_t MappedRows::first_not_finite(std::int64_t row) const {
+    const RowLayout layout = rows_->layout();
+    const std::byte* const begin = rows_->data() + static_cast<std::size_t>(row) * layout.bytes();
+    const std::int64_t n = layout.pixels * layout.channels;
+    return layout.element == Element::float32 ? find_not_finite<float>(begin, n) : find_not_finite<double>(begin, n);
+}
+
+}  // namespace fastvae

@@ -1,0 +1,79 @@
+"""Arrays in mapped files: what is read of them at a time, and what guards the reading."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from .. import _native
+from .memory import memory_limit
+
+BLOCK_BYTES = 1 << 20  # read in one piece
+WINDOW_BYTES = 256 << 20  # shuffled at a time
+_SEQUENTIAL_BLOCKS = 16  # read ahead of an unshuffled pass
+_LEAST_BLOCKS = 64  # of a window, so that it has samples from all over the data
+_COMFORTABLE = 2  # times as much memory as data: a shuffled pass may have all of them in it
+_LEAST_WINDOWS = 32  # that the memory can hold
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """The file that an array lies in.
+
+    offset: where in it the array begins, in bytes.
+    shared: its pages are the file's; those of a private mapping may have been written to.
+    watch: sees whether it stays as it was when this was made.
+    """
+
+    offset: int
+    shared: bool
+    watch: _native.WatchedFile
+
+
+def mapped_file(x: npt.NDArray[Any]) -> MappedFile | None:
+    """The file that x is a mapping of, by np.memmap, or None: it is in memory, or the file has no name."""
+    root: Any = x
+    while root is not None and not isinstance(getattr(root, "base", None), mmap.mmap):
+        root = getattr(root, "base", None)
+    if getattr(root, "filename", None) is None:  # of a np.memmap
+        return None
+    path = os.fspath(root.filename)
+    name = path.decode(errors="replace") if isinstance(path, bytes) else path
+    watch = _native.WatchedFile(os.fsencode(path), _printable(name), root.mode in ("r+", "w+"))
+    offset = int(root.offset) + x.ctypes.data - root.ctypes.data
+    return MappedFile(offset, root.mode != "c", watch)
+
+
+def mapped_rows(x: npt.NDArray[Any], rows: _native.DenseRows, file: MappedFile) -> _native.MappedRows:
+    """`rows`, which are those of x, guarded."""
+    return _native.MappedRows(rows, file.watch, offset=file.offset, row_shape=x.shape[1:], shared=file.shared)
+
+
+def sequential_blocks(row_bytes: int) -> tuple[int, int]:
+    """Rows a block and blocks a window, in which an unshuffled pass reads ahead."""
+    return max(1, BLOCK_BYTES // row_bytes), _SEQUENTIAL_BLOCKS
+
+
+def shuffled_blocks(window: int, row_bytes: int) -> tuple[int, int]:
+    """Rows a block and blocks a window of about `window` rows."""
+    block = max(1, min(BLOCK_BYTES // row_bytes, window // _LEAST_BLOCKS))
+    return block, max(1, window // block)
+
+
+def window_for(n_samples: int, row_bytes: int) -> int | None:
+    """The rows to shuffle at a time of data on disk, or None for all, where the memory holds them with ease.
+
+    It depends on the data and on how much memory the machine or the container has, not on what is free now.
+    """
+    limit = memory_limit()
+    if n_samples * row_bytes * _COMFORTABLE <= limit:
+        return None
+    return max(1, min(WINDOW_BYTES, limit // _LEAST_WINDOWS) // row_bytes)
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
