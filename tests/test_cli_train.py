@@ -1,5 +1,6 @@
 """`fastvae train` as a user types it, on scikit-learn's digits."""
 
+import argparse
 import gzip
 import json
 import math
@@ -20,7 +21,8 @@ from sklearn.datasets import load_digits
 
 from fastvae import VAE, DataLoader, load
 from fastvae.cli import main
-from fastvae.data import split
+from fastvae.cli.runs import open_data, open_run
+from fastvae.data import Transform, resolve, split
 from fastvae.inference.evaluate import evaluate
 from fastvae.inference.generate import reconstruct, sample
 from fastvae.inference.plots import grid, pairs, save
@@ -188,6 +190,35 @@ def test_schedules_clipping_and_free_bits(tmp_path):
     assert (config.free_bits, config.free_bits_form, config.logvar_clamp) == (0.1, "element", (-10.5, 10))
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["val_loss"] == pytest.approx(row["val_recon"] + row["val_kl"], rel=1e-5)
+
+
+def test_transforms_of_training_and_of_evaluation(tmp_path):
+    options = "--data digits --epochs 2 --hidden 32 --device cpu --hflip --crop-padding 1 --binarize"
+    assert main(["train", *options.split(), "--out", str(tmp_path)]) == 0
+    config = TrainConfig.from_toml(tmp_path / "train.toml")
+    assert (config.hflip, config.crop_padding, config.binarize) == (True, 1, True)
+    assert config.likelihood == "bernoulli"
+    # validation is the same in each pass, and what every later command sees of it
+    source = resolve("digits").train
+    _, rows = split(source.n_samples, 0.1, config.seed)
+    static = DataLoader(source, 60, indices=rows, transform=Transform(binarize=True, fixed=True))
+    losses = [evaluate(load(tmp_path), static).loss.item() for _ in range(2)]
+    assert losses[0] == losses[1] == pytest.approx(_summary(tmp_path)["val_loss"], rel=1e-5)
+    run = open_run(argparse.Namespace(folder=str(tmp_path), device="cpu", seed=None, model=None))
+    opened = open_data(run, argparse.Namespace(data=None, split=None, batch_size=7))
+    truth = torch.cat([x for x, _ in static])
+    assert torch.equal(torch.cat([x for x, _ in opened.loader]), truth)
+    assert torch.equal(opened.batches([7, 3])[0], truth[[7, 3]])
+    few = opened.some(50, seed=1)
+    assert torch.equal(torch.cat([x for x, _ in few.loader]), truth[np.searchsorted(rows, few.rows)])
+
+
+@pytest.mark.parametrize("option", ["--hflip", "--crop-padding=2"])
+def test_features_cannot_be_flipped(tmp_path, option, capsys):
+    path = _npy(tmp_path / "x.npy", np.zeros((50, 6), np.float32))
+    assert main(["train", "--data", path, option, "--out", str(tmp_path / "run")]) == 2
+    name = option.partition("=")[0]
+    assert f"{name}: transform crops or flips, got items of [6]" in capsys.readouterr().err
 
 
 def _npy(path, array):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from fastvae import VAE, DataLoader, ELBOLoss
 from fastvae.cli import main
+from fastvae.data import Transform
 from fastvae.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -50,8 +51,8 @@ def _one_thread():
 class Stopping(DataLoader):
     """Sends SIGTERM when batch `at` of all passes is asked for."""
 
-    def __init__(self, data: np.ndarray, at: int | None) -> None:
-        super().__init__(data, 16, shuffle=True, seed=3)
+    def __init__(self, data: np.ndarray, at: int | None, transform: Transform | None = None) -> None:
+        super().__init__(data, 16, shuffle=True, seed=3, transform=transform)
         self.at, self.asked = at, 0
 
     def __iter__(self):
@@ -109,6 +110,25 @@ def test_stopped_anywhere_and_resumed_is_bit_equal(data, tmp_path, stop_at, opti
     assert_same(whole.model, resumed.model)
     for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "cut"), strict=True):
         assert a == pytest.approx(b, rel=1e-12)
+
+
+@pytest.mark.parametrize("stop_at", [3, 10])
+def test_what_is_drawn_for_the_data_is_drawn_again(data, tmp_path, stop_at) -> None:
+    """150 images of 3 x 4, binarised, shifted and flipped; stopped within an epoch, and at the end of one."""
+    transform = Transform(binarize=True, hflip=True, padding=1)
+
+    def run(out: Path, stop_at: int | None, resume: bool) -> VAE:
+        torch.manual_seed(1)
+        train = Stopping(data[:150].reshape(150, 3, 4), stop_at, transform)
+        config = TrainConfig(epochs=3, device="cpu", out=str(out))
+        model = VAE.mlp((1, 3, 4), (16,), 3, likelihood="bernoulli")
+        Trainer(model, train, config=config, resume=resume).fit()
+        return model
+
+    whole = run(tmp_path / "whole", None, False)
+    with pytest.raises(TrainingStopped):
+        run(tmp_path / "cut", stop_at, False)
+    assert_same(whole, run(tmp_path / "cut", None, True))
 
 
 def test_stopped_twice_and_a_learned_variance_of_the_loss(data, tmp_path) -> None:

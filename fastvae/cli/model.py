@@ -29,7 +29,7 @@ def own_class(config: TrainConfig) -> Callable[..., nn.Module] | None:
 
 
 def likelihood_of_run(config: TrainConfig, data: str, own: Callable[..., nn.Module] | None) -> Likelihood:
-    """What was asked for, or the class is made for, else mse.
+    """What was asked for, or the class or the data are made for, else mse.
 
     But the variance of 1/2 that mse stands for is more than most of what digits varies.
     """
@@ -37,6 +37,8 @@ def likelihood_of_run(config: TrainConfig, data: str, own: Callable[..., nn.Modu
     likelihood = config.likelihood or of_class
     if likelihood is not None:
         return likelihood
+    if config.binarize and config.variance is None:
+        return "bernoulli"
     return "gaussian" if data == "digits" or config.variance is not None else "mse"
 
 

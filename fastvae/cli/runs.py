@@ -74,7 +74,14 @@ class RunData:
         return replace(
             self,
             name=f"{n:,} of {self.name}",
-            loader=DataLoader(self.source, loader.batch_size, indices=rows, num_workers=loader.num_workers),
+            loader=DataLoader(
+                self.source,
+                loader.batch_size,
+                seed=loader.seed,
+                indices=rows,
+                num_workers=loader.num_workers,
+                transform=loader.transform,
+            ),
             rows=rows,
             labels=None if self.labels is None else self.labels[chosen],
         )
@@ -88,7 +95,14 @@ class RunData:
                 expected = f"0 to {self.loader.n_samples - 1}, of {self.name}"
                 raise ConfigError(option, f"got {index}, expected {expected}")
         rows = list(indices) if self.rows is None else [int(self.rows[index]) for index in indices]
-        loader = DataLoader(self.source, self.loader.batch_size, indices=rows, num_workers=0)
+        loader = DataLoader(
+            self.source,
+            self.loader.batch_size,
+            seed=self.loader.seed,
+            indices=rows,
+            num_workers=0,
+            transform=self.loader.transform,
+        )
         return [batch[0] if isinstance(batch, tuple) else batch for batch in loader]
 
 
@@ -194,6 +208,7 @@ def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) 
     Raises ConfigError, and DataError for data that cannot be used.
     """
     from ..data import DataError, DataLoader, resolve
+    from ..training.transforms import of_evaluation
 
     name = arguments.data or run.config.data
     if name is None:
@@ -206,7 +221,12 @@ def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) 
         raise ConfigError("data", f"got none, and the run's own cannot be opened: {error}") from error
     source, rows, which = _part(run, data, name, arguments, arguments.split or part)
     loader = DataLoader(
-        source, arguments.batch_size, indices=rows, num_workers=workers(source, run.device.type != "cpu")
+        source,
+        arguments.batch_size,
+        seed=run.config.seed,
+        indices=rows,
+        num_workers=workers(source, run.device.type != "cpu"),
+        transform=of_evaluation(run.config),
     )
     if loader.item_shape != run.item_shape:
         got, expected = (" x ".join(map(str, shape)) for shape in (loader.item_shape, run.item_shape))

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,8 @@ def _loaders(
     config: TrainConfig, data: Dataset, on_gpu: bool
 ) -> tuple[DataLoader, DataLoader, DataLoader | None]:
     """The loaders of training, validation and test data."""
-    from ..data import DataLoader, ShuffleWarning, open_source, split
+    from ..data import DataError, DataLoader, ShuffleWarning, open_source, split
+    from ..training import transforms
 
     train_rows, val_rows, val_source = None, None, data.train
     if isinstance(config.val, str):
@@ -186,18 +188,25 @@ def _loaders(
             if source is not None:
                 _check_unit_interval(source)
     num_workers = workers(data.train, on_gpu)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ShuffleWarning)  # its note is printed
-        train = DataLoader(
-            data.train,
-            config.batch_size,
-            shuffle=True,
-            seed=config.seed,
-            num_workers=num_workers,
-            indices=train_rows,
-        )
-    val = DataLoader(val_source, EVALUATED, num_workers=num_workers, indices=val_rows)
-    test = None if data.test is None else DataLoader(data.test, EVALUATED, num_workers=num_workers)
+    loader = partial(DataLoader, seed=config.seed, num_workers=num_workers)
+    evaluated = partial(loader, batch_size=EVALUATED, transform=transforms.of_evaluation(config))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ShuffleWarning)  # its note is printed
+            train = loader(
+                data.train,
+                config.batch_size,
+                shuffle=True,
+                indices=train_rows,
+                transform=transforms.of_training(config),
+            )
+        val = evaluated(val_source, indices=val_rows)
+        test = None if data.test is None else evaluated(data.test)
+    except DataError:
+        raise
+    except ValueError as error:
+        given = next(name for name in ("hflip", "crop_padding", "binarize") if getattr(config, name))
+        raise ConfigError(given, str(error)) from error
     if val.item_shape != train.item_shape:
         raise ConfigError("val", f"got {config.val} with items of {_shape(val)}, expected {_shape(train)}")
     if config.model == "conv" and len(train.item_shape) != 3:

@@ -105,6 +105,18 @@ class TrainConfig(BaseModel):
         le=2**16,
         description="make the images of a folder N x N: the centre square, resized (default: as they are)",
     )
+    hflip: bool = Field(False, description="mirror half of the training images, others in each epoch")
+    crop_padding: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="shift training images by up to so many pixels, zeros around them",
+    )
+    binarize: bool = Field(
+        False,
+        description="draw each pixel as 1 with probability x, else 0: anew in each epoch of training, "
+        "once for validation and test",
+    )
     model: Annotated[str, BeforeValidator(_model)] = Field(
         "mlp",
         description="architecture of encoder and decoder: mlp, conv, or a class of your own, "
@@ -117,7 +129,7 @@ class TrainConfig(BaseModel):
     likelihood: Literal["mse", "gaussian", "bernoulli"] | None = Field(
         None,
         description="p(x|z): mse is the squared error, gaussian has --variance, bernoulli is from logits "
-        "(default: mse; gaussian on digits, and with --variance)",
+        "(default: mse; gaussian on digits, and with --variance; bernoulli with --binarize)",
     )
     variance: Annotated[float | Literal["learned"] | None, BeforeValidator(_variance)] = Field(
         None, description="variance of a gaussian p(x|z): a number, or learned (default: learned)"
