@@ -1,7 +1,9 @@
 """The loader against torch's DataLoader and plain tensor indexing: uint8 [60000, 784], shuffled, to float32.
 
 Every opponent delivers the same thing, float32 batches of 128 scaled to 0..1, and is set up as well as it can
-be; of the variants of plain indexing, and of DataLoader, the fastest is the one that counts.
+be; of the variants of plain indexing, and of DataLoader, the fastest is the one that counts. Then rows of
+several kinds and sizes against the bandwidth of a plain copy of the same data by all threads: of the bytes
+that have to be moved, each element read once and written once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 
-from fastvae.data import DataLoader
+from fastvae._native import epoch_order
+from fastvae.data import DataLoader, Transform
 
 Compare = Callable[..., None]
 N, D, BATCH = 60000, 784, 128
@@ -81,3 +84,79 @@ def test_bench_against_torch_loader(compare: Compare, data: torch.Tensor) -> Non
     callables = {"fastvae": fastvae(data, None)}
     callables |= {f"DataLoader({n} workers)": torch_loader(data, n) for n in (0, 2)}
     compare("loader against torch's DataLoader", callables, rounds=SLOW_ROUNDS, samples=N)
+
+
+def rows(n: int, bytes_of_row: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of bytes, or of floats in [0, 1)."""
+    rng = np.random.default_rng(0)
+    if dtype == torch.uint8:
+        return torch.from_numpy(rng.integers(0, 256, (n, bytes_of_row), dtype=np.uint8))
+    return torch.from_numpy(rng.random((n, bytes_of_row // 4), dtype=np.float32))
+
+
+def converted(data: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """What plain indexing does for the same batches."""
+    scale = 1 / 255 if data.dtype == torch.uint8 and dtype != torch.uint8 else None
+    for chosen in torch.randperm(len(data)).split(BATCH):
+        batch = torch.index_select(data, 0, chosen)
+        yield batch.to(dtype) if scale is None else batch.to(dtype).mul_(scale)
+
+
+@pytest.mark.parametrize(
+    ("n", "bytes_of_row", "source", "dtype"),
+    [
+        (N, D, torch.uint8, torch.uint8),
+        (8192, 12288, torch.uint8, torch.uint8),
+        (8192, 12288, torch.uint8, torch.float32),
+        (8192, 12288, torch.float32, torch.bfloat16),
+    ],
+)
+def test_bench_against_copy(
+    compare: Compare, n: int, bytes_of_row: int, source: torch.dtype, dtype: torch.dtype
+) -> None:
+    data = rows(n, bytes_of_row, source)
+    copy = torch.empty_like(data)
+    loader = DataLoader(data, BATCH, shuffle=True, dtype=dtype)
+    order = torch.from_numpy(epoch_order(n, 0, 0))[:BATCH]
+    truth = data[order].to(dtype) if source != torch.uint8 or dtype == source else data[order].to(dtype) / 255
+    assert torch.equal(next(iter(loader)), truth)
+    moved = data.numel() * (data.element_size() + dtype.itemsize)
+    callables = {
+        "fastvae": exhaust(lambda: iter(loader)),
+        "index_select": exhaust(lambda: converted(data, dtype)),
+        "copy": lambda: copy.copy_(data),
+    }
+    names = [str(kind).removeprefix("torch.") for kind in (source, dtype)]
+    compare(
+        f"loader, rows of {bytes_of_row:,} bytes, {names[0]} to {names[1]}",
+        callables,
+        rounds=FAST_ROUNDS,
+        traffic={"fastvae": moved, "index_select": moved, "copy": 2 * data.nbytes},
+    )
+
+
+TRANSFORMS = {
+    "binarized": Transform(binarize=True),
+    "flipped and shifted": Transform(hflip=True, padding=2),
+    "scaled to -1..1": Transform(scale=1 / 127.5, shift=-1.0),
+}
+
+
+@pytest.mark.parametrize("name", list(TRANSFORMS))
+def test_bench_transforms(compare: Compare, data: torch.Tensor, name: str) -> None:
+    loader = DataLoader(data.view(N, 28, 28), BATCH, shuffle=True, transform=TRANSFORMS[name])
+
+    def in_torch() -> Iterator[torch.Tensor]:
+        for x in converted(data, torch.float32):
+            match name:
+                case "binarized":
+                    yield torch.bernoulli(x)
+                case "scaled to -1..1":
+                    yield x.mul_(2).sub_(1)
+                case _:  # one place for the whole batch: less than is asked for
+                    top, left = torch.randint(0, 5, (2,)).tolist()
+                    padded = torch.nn.functional.pad(x.view(-1, 28, 28), (2, 2, 2, 2))
+                    yield padded[:, top : top + 28, left : left + 28].flip(2).contiguous()
+
+    callables = {"fastvae": exhaust(lambda: iter(loader)), "index_select and torch": exhaust(in_torch)}
+    compare(f"loader, {name}, uint8 [{N}, 28, 28] to float32", callables, rounds=SLOW_ROUNDS, samples=N)
