@@ -312,7 +312,7 @@ std::shared_ptr<BufferPool> Loader::make_pool() const {
 
 std::unique_ptr<Batches> Loader::start(const Order& order, std::uint64_t seed, std::uint64_t epoch,
                                        std::int64_t first_batch, const Share& share) {
-    table_.rows->check();
+    table_.rows->begin(order.n_blocks() > 0);
     if (pool_->process() != getpid()) pool_ = make_pool();
     const auto workers = static_cast<int>(std::min<std::int64_t>(workers_, n_batches_ - first_batch));
     Table table = table_;

@@ -163,7 +163,7 @@ void MappedRows::throw_changed(const std::string& change, std::int64_t row) cons
     throw DataError(file_->name() + ": changed while in use: " + change + place + "; open it again when it is whole");
 }
 
-void MappedRows::check() const {
+void MappedRows::begin(bool tells) const {
     take_sigbus();  // where it was taken from us since
     const std::string replacement = file_->replacement();
     if (!replacement.empty()) {
@@ -171,6 +171,11 @@ void MappedRows::check() const {
     }
     const std::string change = file_->change();
     if (!change.empty()) throw_changed(change, 0);
+    // Where a page is missing that was asked for, as many as the kernel would like to read with it push out others.
+    const auto data = reinterpret_cast<std::uintptr_t>(rows_->data());
+    const std::uintptr_t first = data / page_size() * page_size();
+    const std::size_t bytes = data - first + static_cast<std::size_t>(n_rows()) * layout().bytes();
+    static_cast<void>(madvise(reinterpret_cast<void*>(first), bytes, tells ? MADV_RANDOM : MADV_NORMAL));
 }
 
 void MappedRows::expect(std::int64_t first, std::int64_t count) const {

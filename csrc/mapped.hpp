@@ -57,7 +57,7 @@ public:
 
     void gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const override;
     RowLayout layout() const override { return rows_->layout(); }
-    void check() const override;
+    void begin(bool tells) const override;
     bool on_disk() const override { return true; }
     void expect(std::int64_t first, std::int64_t count) const override;
     void forget(std::int64_t first, std::int64_t count) const override;

@@ -29,8 +29,9 @@ public:
 
     // How the rows lie before a RowWriter has them, which decides what a form can ask for.
     virtual RowLayout layout() const = 0;
-    // Throws where the samples are no longer those that were opened; called as a pass begins.
-    virtual void check() const {}
+    // Called as a pass begins, which will tell or not what it is to read. Throws where the samples are no longer those
+    // that were opened.
+    virtual void begin([[maybe_unused]] bool tells) const {}
     // Whether it is of use to tell which rows will be gathered soon, and which not for a while.
     virtual bool on_disk() const { return false; }
     virtual void expect([[maybe_unused]] std::int64_t first, [[maybe_unused]] std::int64_t count) const {}

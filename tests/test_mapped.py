@@ -402,4 +402,4 @@ for shuffle in (True, False):
         used = int((group / "memory.max_usage_in_bytes").read_text())
     assert process.returncode == 0, process.stderr
     assert used <= limit
-    assert max(map(int, process.stdout.split())) < 200, process.stdout  # MiB of the file
+    assert max(map(int, process.stdout.split())) < 150, process.stdout  # MiB of the file
