@@ -9,7 +9,7 @@ constexpr std::size_t kCacheLine = 64;
 
 // The hardware follows a row once it has begun, but cannot guess where the next one lies.
 inline void prefetch(const std::byte* row, std::size_t bytes) {
-    constexpr std::size_t kEnough = 2048;
+    constexpr std::size_t kEnough = 16384;
     const std::byte* const end = row + std::min(bytes, kEnough);
     for (; row < end; row += kCacheLine) __builtin_prefetch(row);
     __builtin_prefetch(end - 1);
