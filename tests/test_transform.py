@@ -77,7 +77,7 @@ def batches_by(isa: str, source: ArraySource, dtype: str, transform: Transform |
     native = transform and transform.native(source.dtype == np.uint8)
     options = {"batch_size": 7, "drop_last": False, "workers": 0, "dtype": dtype, "transform": native}
     loader = _native.Loader(source.rows(), None, None, **options, instruction_set=isa)
-    return np.concatenate(list(loader.start(3, 1, False, 0, 0, 1)))
+    return np.concatenate(list(loader.start(3, 1, False, (0, 0), 0, 0, 1)))
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
