@@ -178,6 +178,8 @@ void bind_loader(py::module_& m) {
     py::class_<PyBatches>(m, "Batches", "One pass over the data; ends its threads when dropped.",
                           py::release_gil_before_calling_cpp_dtor())
         .def("__iter__", [](py::object self) { return self; })
+        .def("close", [](PyBatches& self) { self.batches->close(); }, py::call_guard<py::gil_scoped_release>(),
+             "Ends the threads and frees what is ready; `next` raises RuntimeError from now on.")
         .def("__next__", &PyBatches::next, "x [B, *item_shape], or (x, y), y int64 [B].");
 
     py::class_<Loader>(m, "Loader", "Gathers rows into batches.")
@@ -188,6 +190,18 @@ void bind_loader(py::module_& m) {
         .def("__len__", &Loader::n_batches)
         .def_property_readonly("item_shape",
                                [](const Loader& self) { return py::tuple(py::cast(self.table().item_shape())); })
+        .def("release", &Loader::release, "Frees the memory that no batch uses.")
+        .def_property_readonly("position", &Loader::position,
+                               "Batches delivered of the epoch of the pass that was started last.")
+        .def_property_readonly(
+            "meter",
+            [](const Loader& self) {
+                const Meter& meter = self.meter();
+                return py::make_tuple(meter.batches.load(), meter.samples.load(), meter.bytes_read.load(),
+                                      static_cast<double>(meter.wait_nanoseconds.load()) * 1e-9,
+                                      static_cast<double>(meter.pass_nanoseconds.load()) * 1e-9);
+            },
+            "Of all passes: batches, samples, bytes read, seconds within `next`, seconds of passes.")
         .def("start", &start, py::arg("seed"), py::arg("epoch"), py::arg("shuffle"), py::arg("blocks"),
              py::arg("first_batch"), py::arg("rank"), py::arg("ranks"), py::keep_alive<0, 1>(),
              "Starts the workers on a rank's rows of the batches of an epoch, from `first_batch` on.");

@@ -122,6 +122,7 @@ struct Batches::State {
     std::int64_t delivered;
     std::int64_t look_at = std::numeric_limits<std::int64_t>::max();
     bool stopping = false;
+    bool closed = false;
 
     std::mutex consumer;  // two Python threads may share an iterator
 
@@ -222,7 +223,7 @@ struct Batches::State {
             for (std::int64_t& row : rows) row = table.indices[row];
         }
 
-        Batch batch{pool->take(), nullptr, size};
+        Batch batch{pool->take(), nullptr, size, table.rows->bytes_of(rows.data(), size)};
         table.rows->gather(rows.data(), size, table.form, batch.memory.get());
         if (table.labels) {
             batch.y = reinterpret_cast<std::int64_t*>(batch.memory.get() + x_bytes);
@@ -234,11 +235,14 @@ struct Batches::State {
 
 Batches::Batches(const Table& table, const Order& order, std::int64_t batch_size,
                  std::int64_t first_batch, std::int64_t n_batches, const Share& share, int workers,
-                 std::shared_ptr<BufferPool> pool)
+                 std::shared_ptr<BufferPool> pool, std::shared_ptr<Meter> meter)
     : process_(getpid()),
       state_(std::make_shared<State>(table, order, batch_size, first_batch, n_batches, share, workers,
                                      std::move(pool))),
-      threads_(std::make_unique<std::vector<std::thread>>()) {
+      threads_(std::make_unique<std::vector<std::thread>>()),
+      meter_(std::move(meter)),
+      position_(std::make_shared<std::atomic<std::int64_t>>(first_batch)),
+      metered_(Clock::now()) {
     threads_->reserve(static_cast<std::size_t>(workers) + 1);
     try {
         for (int i = 0; i < workers; ++i) threads_->emplace_back([state = state_] { state->work(); });
@@ -268,6 +272,15 @@ void Batches::stop() {
     state_->room.notify_all();
     state_->moved.notify_all();
     for (std::thread& thread : *threads_) thread.join();
+    threads_->clear();
+}
+
+void Batches::close() {
+    if (getpid() != process_) return;
+    stop();
+    const std::scoped_lock lock(state_->mutex);
+    state_->closed = true;
+    for (State::Slot& slot : state_->slots) slot = {};
 }
 
 std::optional<Batch> Batches::next() {
@@ -275,9 +288,24 @@ std::optional<Batch> Batches::next() {
         throw std::runtime_error("this iterator belongs to process " + std::to_string(process_) +
                                  " and its threads did not survive the fork; call iter() on the loader again");
     }
+    const std::scoped_lock alone(state_->consumer);
+    const Clock::time_point asked = Clock::now();
+    std::optional<Batch> batch = take();
+    if (!batch) return batch;
+    const Clock::time_point got = Clock::now();
+    ++meter_->batches;
+    meter_->samples += batch->size;
+    meter_->bytes_read += batch->bytes_read;
+    meter_->wait_nanoseconds += std::chrono::nanoseconds(got - asked).count();
+    meter_->pass_nanoseconds += std::chrono::nanoseconds(got - metered_).count();
+    metered_ = got;
+    return batch;
+}
+
+std::optional<Batch> Batches::take() {
     State& state = *state_;
-    const std::scoped_lock alone(state.consumer);
     std::unique_lock lock(state.mutex);
+    if (state.closed) throw std::runtime_error("the loader of this iterator is closed, expected no more batches");
     if (state.stopping || state.delivered >= state.n_batches) return std::nullopt;
     State::Slot& slot = state.slot(state.delivered);
     while (!slot.ready) {
@@ -286,6 +314,7 @@ std::optional<Batch> Batches::next() {
         state.make(!state.finished() && state.has_room() ? state.claim() : state.delivered, lock);
     }
     State::Slot done = std::exchange(slot, {});
+    if (!done.error) position_->store(state.delivered + 1);
     ++state.delivered;
     if (done.error) {
         state.stopping = true;
@@ -318,8 +347,10 @@ std::unique_ptr<Batches> Loader::start(const Order& order, std::uint64_t seed, s
     Table table = table_;
     table.form.seed = seed;
     table.form.epoch = epoch;
-    return std::make_unique<Batches>(table, order, batch_size_, first_batch, n_batches_, share, workers,
-                                     pool_);
+    auto batches = std::make_unique<Batches>(table, order, batch_size_, first_batch, n_batches_, share, workers,
+                                             pool_, meter_);
+    position_ = batches->position();
+    return batches;
 }
 
 }  // namespace fastvae

@@ -3,6 +3,8 @@
 
 #include <sys/types.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -56,6 +58,16 @@ struct Batch {
     std::shared_ptr<std::byte> memory;  // x [size, features], then y
     std::int64_t* y;                    // [size], or null
     std::int64_t size;
+    std::int64_t bytes_read;
+};
+
+// What a loader has delivered in all its passes.
+struct Meter {
+    std::atomic<std::int64_t> batches{0};
+    std::atomic<std::int64_t> samples{0};
+    std::atomic<std::int64_t> bytes_read{0};
+    std::atomic<std::int64_t> wait_nanoseconds{0};  // spent in `next`, which gave a batch
+    std::atomic<std::int64_t> pass_nanoseconds{0};  // from the beginning of each pass to its last batch so far
 };
 
 // One of several processes that share each batch: of B rows it has those from ceil(rank B / ranks) to
@@ -80,7 +92,8 @@ private:
 class Batches {
 public:
     Batches(const Table& table, const Order& order, std::int64_t batch_size, std::int64_t first_batch,
-            std::int64_t n_batches, const Share& share, int workers, std::shared_ptr<BufferPool> pool);
+            std::int64_t n_batches, const Share& share, int workers, std::shared_ptr<BufferPool> pool,
+            std::shared_ptr<Meter> meter);
     ~Batches();
     Batches(const Batches&) = delete;
     Batches& operator=(const Batches&) = delete;
@@ -88,16 +101,25 @@ public:
     // The next batch, or nothing at the end. Throws what made the batch fail, and std::runtime_error in a
     // forked child, where the workers do not exist.
     std::optional<Batch> next();
+    // Ends the threads and frees the batches that are ready; `next` throws from now on.
+    void close();
+    // The batches of the epoch that are delivered, with those before the first one of this pass; any thread.
+    std::shared_ptr<const std::atomic<std::int64_t>> position() const { return position_; }
 
 private:
     struct State;
+    using Clock = std::chrono::steady_clock;
 
+    std::optional<Batch> take();
     void stop();
 
     const pid_t process_;
     // Shared with the workers, so that a forked child never destroys what its lost threads were waiting on.
     std::shared_ptr<State> state_;
     std::unique_ptr<std::vector<std::thread>> threads_;
+    const std::shared_ptr<Meter> meter_;
+    const std::shared_ptr<std::atomic<std::int64_t>> position_;
+    Clock::time_point metered_;
 };
 
 class Loader {
@@ -106,6 +128,11 @@ public:
 
     std::int64_t n_batches() const { return n_batches_; }
     const Table& table() const { return table_; }
+    // Frees the memory that no batch uses.
+    void release() { pool_ = make_pool(); }
+    const Meter& meter() const { return *meter_; }
+    // Of the pass that was started last, as Batches::position; 0 before the first one.
+    std::int64_t position() const { return position_ ? position_->load() : 0; }
     // The keys are those of what is random in the rows.
     std::unique_ptr<Batches> start(const Order& order, std::uint64_t seed, std::uint64_t epoch,
                                    std::int64_t first_batch, const Share& share);
@@ -118,6 +145,8 @@ private:
     const std::int64_t n_batches_;
     const int workers_;
     std::shared_ptr<BufferPool> pool_;
+    const std::shared_ptr<Meter> meter_ = std::make_shared<Meter>();
+    std::shared_ptr<const std::atomic<std::int64_t>> position_;
 };
 
 }  // namespace fastvae

@@ -57,6 +57,7 @@ public:
 
     void gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const override;
     RowLayout layout() const override { return rows_->layout(); }
+    std::int64_t bytes_of(const std::int64_t* rows, std::int64_t n) const override { return rows_->bytes_of(rows, n); }
     void begin(bool tells) const override;
     bool on_disk() const override { return true; }
     void expect(std::int64_t first, std::int64_t count) const override;

@@ -29,6 +29,10 @@ public:
 
     // How the rows lie before a RowWriter has them, which decides what a form can ask for.
     virtual RowLayout layout() const = 0;
+    // Bytes that `gather` reads for these rows; none where they are made.
+    virtual std::int64_t bytes_of([[maybe_unused]] const std::int64_t* rows, [[maybe_unused]] std::int64_t n) const {
+        return 0;
+    }
     // Called as a pass begins, which will tell or not what it is to read. Throws where the samples are no longer those
     // that were opened.
     virtual void begin([[maybe_unused]] bool tells) const {}
@@ -71,6 +75,9 @@ public:
 
     void gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const override;
     RowLayout layout() const override { return layout_; }
+    std::int64_t bytes_of(const std::int64_t*, std::int64_t n) const override {
+        return n * static_cast<std::int64_t>(layout_.bytes());
+    }
 
     const std::byte* data() const { return data_; }
     // `gather` with a writer; it has nothing to destroy, and may be left by a jump.

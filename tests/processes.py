@@ -60,6 +60,11 @@ def run_ranks(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
+def n_threads() -> int:
+    """Those of this process."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def children_of(pid: int) -> dict[int, int]:
     """The processes that torchrun has started: their ids, and the rank of each."""
     found = {}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from orders import feistel_order, numbered, rows_of
-from processes import run_python
+from processes import n_threads, run_python
 
 from fastvae import _native
 from fastvae.data.loader import DataLoader
@@ -19,10 +19,6 @@ from fastvae.data.sources import ArraySource
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
-
-
-def n_threads() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 97, 127, 128, 129, 1000, 1021, 65537])

@@ -354,7 +354,7 @@ def memory_group(limit: int) -> Iterator[Path]:
 
 def test_a_file_of_several_times_the_memory(tmp_path: Path) -> None:
     """Each sample once, within the limit, and with little of the file in the process at a time."""
-    row, n, limit = 1 << 16, 20000, 320 * MIB  # a file of 1.3 GB, sparse but for the first page of a row
+    row, n, limit = 1 << 16, 15000, 320 * MIB  # a file of 1 GB, sparse but for the first page of a row
     path = tmp_path / "large.npy"
     x = np.lib.format.open_memmap(path, "w+", np.float32, (n, row // 4))
     x[:, 0] = np.arange(n)

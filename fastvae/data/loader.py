@@ -6,8 +6,9 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import torch
 from .. import _native
 from .mapped import sequential_blocks, shuffled_blocks, window_for
 from .sources import DataError, Source, SourceLike, as_source
+from .state import LoaderStats, check_same, fingerprint
 from .transform import Transform
 
 Batch: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
@@ -42,7 +44,8 @@ class DataLoader:
     Each `iter()` begins a pass, whose shuffled order is a pure function of (seed, epoch) whatever the machine
     or the number of threads. The first pass is epoch 0, and beginning a pass advances `epoch` by one for the
     next; `set_epoch` says which epoch the next pass is, and where in it to begin. A pass ends its threads
-    when it is dropped, as by `break`. After a fork, begin a new pass in the child.
+    when it is dropped, as by `break`; `with DataLoader(...) as loader` ends them all. After a fork, begin a
+    new pass in the child. `state_dict()` tells where a training stands, `stats` how long it waited for data.
 
     Data in a memory-mapped file may be larger than the memory: passes have what comes next read ahead, and
     let go of what is done. To shuffle such data, blocks of consecutive samples are put into a random order,
@@ -93,22 +96,34 @@ class DataLoader:
         self.transform = transform
         _check_form(self._source, dtype, transform)
         self._epoch = self._first_batch = 0
+        self._begun: int | None = None  # the epoch of the pass that was begun last
+        self._passes: WeakSet[_native.Batches] = WeakSet()
+        self._closed = False
+        self._fingerprint: str | None = None
         self.set_rank(rank, world_size)
         chosen = None if indices is None else _indices(indices)
         self._n_samples = self._source.n_samples if chosen is None else len(chosen)
         self.note: str | None = None
+        self._window_is_given = window is not None
         self.window = self._window(window)
-        if chosen is not None and self.window is not None:
-            chosen.sort()  # blocks of them are to lie together
-        self._native = _native.Loader(
+        self._indices = chosen
+        self._native = self._make_native()
+
+    def _make_native(self) -> _native.Loader:
+        indices = self._indices
+        if indices is not None and self.window is not None:
+            indices = np.sort(indices)  # blocks of them are to lie together
+        return _native.Loader(
             self._source.rows(),
             self._source.y,
-            chosen,
+            indices,
             batch_size=self.batch_size,
             drop_last=self.drop_last,
             workers=self.num_workers,
-            dtype=_DTYPES[dtype],
-            transform=None if transform is None else transform.native(self._source.dtype == np.uint8),
+            dtype=_DTYPES[self.dtype],
+            transform=None
+            if self.transform is None
+            else self.transform.native(self._source.dtype == np.uint8),
         )
 
     def _window(self, given: int | None) -> int | None:
@@ -159,14 +174,82 @@ class DataLoader:
         """The epoch that the next pass will be."""
         return self._epoch
 
+    @property
+    def stats(self) -> LoaderStats:
+        """What was delivered so far, and how long it was waited for."""
+        return LoaderStats(*self._native.meter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the pass that was begun last stands, and of which data and options, for JSON.
+
+        It counts the batches that were delivered, not those that are ready. After the last one, it is the
+        beginning of the next epoch. It does not depend on the rank, nor on how many there are.
+        """
+        epoch, batch = self._epoch, self._first_batch
+        if self._begun is not None:
+            epoch, batch = self._begun, self._native.position
+            if batch == len(self):
+                epoch, batch = epoch + 1, 0
+        return {"epoch": epoch, "batch": batch, **self._identity(), "window": self.window}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Makes the next pass go on where `state` stands; it begins there at once.
+
+        A window that this loader has chosen by itself becomes that of the state, so that the order is the
+        same on a machine with more or less memory. Raises ValueError, which names what differs, for a state of
+        other data, batch size, seed, shuffle, window or drop_last.
+        """
+        check_same(state, self._identity())
+        window = state.get("window")
+        if self._window_is_given and window != self.window:
+            check_same({**state, "window": window}, {"window": self.window})
+        self.set_epoch(state["epoch"], state["batch"])
+        if window != self.window:
+            self.window = None if window is None else _integer("window", window, 1, 2**62)
+            self._native = self._make_native()
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state has to have in common with this loader."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self._source, self._indices)
+        return {
+            "n_samples": self.n_samples,
+            "item_shape": list(self._source.item_shape),
+            "dtype": str(self._source.dtype),
+            "data": self._fingerprint,
+            "batch_size": self.batch_size,
+            "drop_last": self.drop_last,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
+
+    def close(self) -> None:
+        """Ends the threads of all passes and frees what they have ready; no pass can begin any more.
+
+        `with DataLoader(...) as loader` does it at its end.
+        """
+        self._closed = True
+        for batches in list(self._passes):
+            batches.close()
+        self._native.release()
+
+    def __enter__(self) -> DataLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Makes the next pass epoch `epoch`, at least 0; the one after it is epoch + 1.
 
         The pass begins with batch `first_batch` of that epoch, from 0 to len(self), at once: a training that
         is resumed in the middle of an epoch does not read what it has seen.
         """
-        self._epoch = _integer("epoch", epoch, 0, 2**62)
-        self._first_batch = _integer("first_batch", first_batch, 0, len(self))
+        epoch, first_batch = (
+            _integer("epoch", epoch, 0, 2**62),
+            _integer("first_batch", first_batch, 0, len(self)),
+        )
+        self._epoch, self._first_batch, self._begun = epoch, first_batch, None
 
     def set_rank(self, rank: int, world_size: int) -> None:
         """Makes passes give one of `world_size` ranks its rows of every batch; others are not read.
@@ -182,17 +265,19 @@ class DataLoader:
         return len(self._native)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, self._epoch = self._epoch, self._epoch + 1
-        first_batch, self._first_batch = self._first_batch, 0
+        if self._closed:
+            raise RuntimeError("the loader is closed, expected no more passes")
         batches = self._native.start(
             seed=self.seed,
-            epoch=epoch,
+            epoch=self._epoch,
             shuffle=self.shuffle,
             blocks=self._blocks,
-            first_batch=first_batch,
+            first_batch=self._first_batch,
             rank=self.rank,
             ranks=self.world_size,
         )
+        self._begun, self._epoch, self._first_batch = self._epoch, self._epoch + 1, 0
+        self._passes.add(batches)
         tensor = _bfloat16 if self.dtype == torch.bfloat16 else torch.from_numpy
         if self.has_labels:
             return ((tensor(x), torch.from_numpy(y)) for x, y in batches)
