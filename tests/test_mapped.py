@@ -140,8 +140,9 @@ def test_mapped_data_come_as_from_memory(
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
 def test_a_value_that_is_not_finite_is_named_when_it_is_met(
-    tmp_path: Path, dtype: type, value: float
+    tmp_path: Path, dtype: type, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fastvae.data.sources._SCAN_BYTES", 1000)  # what is larger is not looked at before
     x = np.zeros((50, 4, 3, 2), dtype)
     with np.errstate(over="ignore"):
         x[30, 2, 1, 0] = value

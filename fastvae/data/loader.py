@@ -196,8 +196,8 @@ class DataLoader:
         """Makes the next pass go on where `state` stands; it begins there at once.
 
         A window that this loader has chosen by itself becomes that of the state, so that the order is the
-        same on a machine with more or less memory. Raises ValueError, which names what differs, for a state of
-        other data, batch size, seed, shuffle, window or drop_last.
+        same on a machine with more or less memory. Raises ValueError, which names what differs, for a state
+        of other data, batch size, seed, shuffle, window or drop_last.
         """
         check_same(state, self._identity())
         window = state.get("window")

@@ -166,7 +166,7 @@ def source_from_arrays(
     holds integers.
 
     Raises DataError for an empty array, another dtype, NaN or inf, and labels that do not fit. Floats in a
-    mapped file are not looked at here, for it may be large: a loader does as it reads them.
+    mapped file of more than 64 MiB are not looked at here: a loader does as it reads them.
     """
     if x.ndim < 2:
         raise DataError(f"{name}: shape {list(x.shape)}, expected [N, ...] with at least one feature")
@@ -176,7 +176,7 @@ def source_from_arrays(
     if channels_last is None:
         channels_last = _is_channels_last(x.shape)
     source = ArraySource(x, labels, name, channels_last, classes)
-    if x.dtype != np.uint8 and source.in_memory:
+    if x.dtype != np.uint8 and (source.in_memory or x.nbytes <= _SCAN_BYTES):
         _check_finite(x, name)
     return source
 
