@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -23,9 +24,9 @@ std::string text(const py::handle& object) { return py::str(object); }
 
 const std::int64_t* vector_of_int64(const std::optional<py::array>& array, const char* name) {
     if (!array) return nullptr;
-    if (!py::isinstance<Labels>(*array) || array->ndim() != 1) {
+    if (!py::isinstance<Labels>(*array) || array->ndim() != 1 || !is_plain(*array)) {
         throw py::type_error(std::string(name) + " is " + text(array->dtype()) + " of shape " +
-                             text(array->attr("shape")) + ", expected a contiguous int64 vector");
+                             text(array->attr("shape")) + ", expected a contiguous, aligned int64 vector");
     }
     return static_cast<const std::int64_t*>(array->data());
 }
@@ -137,9 +138,14 @@ std::unique_ptr<Loader> make_loader(std::shared_ptr<Rows> rows, const std::optio
     return std::make_unique<Loader>(table_of(std::move(rows), y, indices, form), batch_size, drop_last, workers);
 }
 
-PyBatches start(Loader& self, std::uint64_t seed, std::uint64_t epoch, bool shuffle,
-                const std::pair<std::int64_t, std::int64_t>& blocks, std::int64_t first_batch, std::int64_t rank,
-                std::int64_t ranks) {
+py::object start(const py::object& owner, std::uint64_t seed, std::uint64_t epoch, bool shuffle,
+                 const std::pair<std::int64_t, std::int64_t>& blocks, std::int64_t first_batch, std::int64_t rank,
+                 std::int64_t ranks) {
+    auto& self = owner.cast<Loader&>();
+    constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();  // Share multiplies two of them
+    if (ranks < 1 || ranks > most) {
+        throw py::value_error("ranks is " + std::to_string(ranks) + ", expected 1 to " + std::to_string(most));
+    }
     if (rank < 0 || rank >= ranks) {
         throw py::value_error("rank is " + std::to_string(rank) + ", expected 0 <= rank < " +
                               std::to_string(ranks));
@@ -154,8 +160,9 @@ PyBatches start(Loader& self, std::uint64_t seed, std::uint64_t epoch, bool shuf
     const std::int64_t n = self.table().n_samples;
     const Order order = shuffle ? Order::shuffled(n, seed, epoch, blocks_of(blocks))
                                 : Order::sequential(n, blocks_of(blocks));
-    return {self.start(order, seed, epoch, first_batch, Share{rank, ranks}), std::move(shape),
-            dtype_of(self.table().form.element)};
+    PyBatches batches{self.start(order, seed, epoch, first_batch, Share{rank, ranks}), std::move(shape),
+                      dtype_of(self.table().form.element)};
+    return kept_with(std::move(batches), owner);
 }
 
 py::array_t<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed, std::uint64_t epoch,
@@ -203,7 +210,7 @@ void bind_loader(py::module_& m) {
             },
             "Of all passes: batches, samples, bytes read, seconds within `next`, seconds of passes.")
         .def("start", &start, py::arg("seed"), py::arg("epoch"), py::arg("shuffle"), py::arg("blocks"),
-             py::arg("first_batch"), py::arg("rank"), py::arg("ranks"), py::keep_alive<0, 1>(),
+             py::arg("first_batch"), py::arg("rank"), py::arg("ranks"),
              "Starts the workers on a rank's rows of the batches of an epoch, from `first_batch` on.");
 }
 

@@ -28,9 +28,9 @@ Element element_of(const py::array& x) {
 
 std::shared_ptr<DenseRows> make_dense_rows(const py::array& x, std::vector<std::int64_t> item_shape,
                                            bool channels_last) {
-    if (x.ndim() < 2 || !(x.flags() & py::array::c_style)) {
+    if (x.ndim() < 2 || !is_plain(x)) {
         throw py::value_error("x has shape " + text(x.attr("shape")) +
-                              ", expected a contiguous array of at least 2 dimensions");
+                              ", expected a contiguous, aligned array of at least 2 dimensions");
     }
     std::int64_t features = 1;
     for (py::ssize_t d = 1; d < x.ndim(); ++d) features *= x.shape(d);

@@ -10,5 +10,6 @@ PYBIND11_MODULE(_native, m) {
     fastvae::bind_rows(m);
     fastvae::bind_shapes(m);
     fastvae::bind_mapped(m);
+    fastvae::bind_sparse(m);
     fastvae::bind_loader(m);
 }

@@ -138,6 +138,21 @@ class MappedRows(Rows):
         shared: bool,
     ) -> None: ...
 
+class SparseRows(Rows):
+    def __init__(
+        self,
+        data: npt.NDArray[Any],
+        indices: npt.NDArray[Any],
+        indptr: npt.NDArray[Any],
+        *,
+        n_columns: int,
+    ) -> None: ...
+    def normalized(self, target: float | None, log1p: bool) -> SparseRows: ...
+    @property
+    def sums(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def range(self) -> tuple[float, float]: ...
+
 class Loader:
     def __init__(
         self,

@@ -15,6 +15,8 @@ VALUES = {
     "hflip": (True, False, False),
     "crop_padding": (4, ["2"], 2),
     "binarize": (True, False, False),
+    "normalize_counts": ("median", ["1e4"], 1e4),
+    "log1p": (True, False, False),
     "model": ("conv", ["mlp"], "mlp"),
     "hidden": ((64, 32), ["16"], (16,)),
     "latent_dim": (3, ["4"], 4),

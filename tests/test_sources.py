@@ -169,7 +169,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
         ({"x": IMAGES, "y": LABELS[:3]}, r"labels of shape \[3\], expected \[4\]"),
         ({"x": IMAGES, "y": np.array(list("abcd"))}, "labels of dtype <U1, expected integers"),
         ({"x": np.array([[{}]], dtype=object)}, "dtype object, .* never loaded"),
-        ({"data": LABELS, "indices": LABELS, "indptr": LABELS}, "a sparse matrix, expected a dense array"),
+        ({"data": LABELS, "indices": LABELS, "indptr": LABELS}, "a sparse matrix without shape"),
         ({"x": IMAGES[:0]}, "is empty"),
     ],
 )

@@ -10,6 +10,7 @@ from ..training.config import ConfigError, ConfigFileError, TrainConfig
 METAVARS: dict[str, str | tuple[str, ...]] = {
     "data": "NAME|PATH",
     "val": "FILE|FRACTION",
+    "normalize_counts": "F|median",
     "model": "mlp|conv|MODULE:CLASS",
     "variance": "F|learned",
     "beta": "F",

@@ -220,6 +220,7 @@ def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) 
             raise
         raise ConfigError("data", f"got none, and the run's own cannot be opened: {error}") from error
     source, rows, which = _part(run, data, name, arguments, arguments.split or part)
+    source = as_counts(source, run.config)
     loader = DataLoader(
         source,
         arguments.batch_size,
@@ -270,6 +271,15 @@ def _part(
 
 def _same(name: str, other: str | None) -> bool:
     return other is not None and (name == other or os.path.abspath(name) == os.path.abspath(other))
+
+
+def as_counts(source: Source, config: TrainConfig) -> Source:
+    """The source with what --normalize-counts and --log1p make of its counts. Raises DataError."""
+    if config.normalize_counts is None and not config.log1p:
+        return source
+    from ..data import counts
+
+    return counts(source, normalize=config.normalize_counts, log1p=config.log1p)
 
 
 def workers(source: Source, on_gpu: bool) -> int | None:

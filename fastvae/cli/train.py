@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.config import ConfigError, TrainConfig
 from .model import build_model, likelihood_of_run, own_class
 from .options import add_train_options, given_options, train_config
-from .runs import workers
+from .runs import as_counts, workers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,6 +91,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     config = config.replace(
         data=config.data or data.name, likelihood=likelihood_of_run(config, data.name, own), out=str(out)
     )
+    data, config = _counted(data, config)
     train, val, test = _loaders(config, data, on_gpu=device.type != "cpu")
     torch.manual_seed(config.seed)
     model, latent_shape = build_model(config, own, val)
@@ -168,6 +169,17 @@ def _check_image_size(config: TrainConfig) -> None:
     )
 
 
+def _counted(data: Dataset, config: TrainConfig) -> tuple[Dataset, TrainConfig]:
+    """The data with the counts that the options ask for, and the options with the sum that a median is."""
+    from ..data import SparseSource
+
+    train = as_counts(data.train, config)
+    if isinstance(train, SparseSource):
+        config = config.replace(normalize_counts=train.target)
+    test = None if data.test is None else as_counts(data.test, config)
+    return replace(data, train=train, test=test), config
+
+
 def _loaders(
     config: TrainConfig, data: Dataset, on_gpu: bool
 ) -> tuple[DataLoader, DataLoader, DataLoader | None]:
@@ -177,7 +189,7 @@ def _loaders(
 
     train_rows, val_rows, val_source = None, None, data.train
     if isinstance(config.val, str):
-        val_source = open_source(config.val, config.image_size)
+        val_source = as_counts(open_source(config.val, config.image_size), config)
     else:
         try:
             train_rows, val_rows = split(data.train.n_samples, config.val, config.seed)
@@ -216,6 +228,8 @@ def _loaders(
 
 
 def _print_data(data: Dataset, train: DataLoader, val: DataLoader, test: DataLoader | None) -> None:
+    from ..data import SparseSource
+
     if data.note:
         print(data.note)
     loaders = {"training": train, "validation": val} | ({} if test is None else {"test": test})
@@ -223,6 +237,10 @@ def _print_data(data: Dataset, train: DataLoader, val: DataLoader, test: DataLoa
     print(f"data: {data.name}, items of {_shape(train)}, {sizes}")
     if train.note:
         print(f"data: {train.note}")
+    if isinstance(data.train, SparseSource) and (data.train.target or data.train.log1p):
+        steps = ["log1p"] if data.train.log1p else []
+        steps = [f"brought to a sum of {data.train.target:g}", *steps] if data.train.target else steps
+        print(f"counts: {', '.join(steps)}")
 
 
 def _check_unit_interval(source: Source) -> None:

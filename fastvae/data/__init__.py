@@ -4,6 +4,7 @@ from .datasets import Dataset, resolve, split
 from .loader import DataLoader, ShuffleWarning
 from .shapes import ShapeSource
 from .sources import ArraySource, DataError, Source, as_source, open_source, source_from_arrays
+from .sparse import SparseSource, counts
 from .transform import Transform
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "ShapeSource",
     "ShuffleWarning",
     "Source",
+    "SparseSource",
     "Transform",
     "as_source",
+    "counts",
     "open_source",
     "resolve",
     "source_from_arrays",

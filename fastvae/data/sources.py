@@ -37,6 +37,7 @@ Y_KEYS = ("y", "labels", "targets")
 EXTENSIONS = ".npy, .npz, IDX (.gz or not), or a folder of IDX files or images"
 _IMAGE_CHANNELS = (1, 3, 4)
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_CSR_KEYS = {"indices", "indptr", "format"}  # any of them: a sparse matrix
 _NPY_VERSIONS = ((1, 0), (2, 0), (3, 0))
 _NPZ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DEFLATE_LIMIT = 1032  # no deflate stream grows by more than this
@@ -172,7 +173,7 @@ def source_from_arrays(
         raise DataError(f"{name}: shape {list(x.shape)}, expected [N, ...] with at least one feature")
     _bytes_of(x.shape, x.dtype, name)
     x = _usable(x, name)
-    labels = None if y is None else _labels(y, x.shape[0], name)
+    labels = None if y is None else labels_of(y, x.shape[0], name)
     if channels_last is None:
         channels_last = _is_channels_last(x.shape)
     source = ArraySource(x, labels, name, channels_last, classes)
@@ -182,7 +183,10 @@ def source_from_arrays(
 
 
 def as_source(data: SourceLike) -> Source:
-    """Whatever a loader accepts, as a source: a Source, an array, a CPU tensor, a pair (x, y), or a path.
+    """Whatever a loader accepts, as a source.
+
+    A Source, an array, a CPU tensor, a CSR matrix of scipy or torch, a pair (x, y) of samples and labels, or
+    a path.
 
     Raises DataError for data that cannot be used, TypeError for anything else.
     """
@@ -192,17 +196,27 @@ def as_source(data: SourceLike) -> Source:
         case str() | os.PathLike():
             return open_source(data)
         case (x, y):
-            return source_from_arrays(_array(x, "x"), _array(y, "y"))
+            return _source_of(x, array_of(y, "y"), "x")
         case _:
-            return source_from_arrays(_array(data, "source"))
+            return _source_of(data, None, "source")
+
+
+def _source_of(x: object, y: Array | None, name: str) -> Source:
+    from .sparse import csr_source, sparse_arrays
+
+    sparse = sparse_arrays(x, name)
+    if sparse is not None:
+        return csr_source(*sparse, y)
+    return source_from_arrays(array_of(x, name), y)
 
 
 def open_source(path: str | os.PathLike[str], image_size: int | None = None) -> Source:
     """Opens a .npy (memory-mapped), a .npz, an IDX file (gzipped or not), or a folder.
 
-    A .npz holds samples under one of X_KEYS and may hold labels under one of Y_KEYS. A .npy has labels where
-    `fastvae data pack` has left its JSON beside it. Of a folder, the IDX training files are opened, or else
-    the images in it are decoded into memory; image_size makes these squares of that side. Raises DataError.
+    A .npz holds samples under one of X_KEYS, or a CSR matrix as scipy's `save_npz` writes it, and may hold
+    labels under one of Y_KEYS. A .npy has labels where `fastvae data pack` has left its JSON beside it. Of a
+    folder, the IDX training files are opened, or else the images in it are decoded into memory; image_size
+    makes these squares of that side. Raises DataError.
     """
     path = Path(path)
     if is_image_folder(path):
@@ -363,8 +377,8 @@ def _open_npz(path: Path) -> Source:
             keys = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             x_key = next((key for key in X_KEYS if key in keys), None)
             y_key = next((key for key in Y_KEYS if key in keys), None)
-            if {"indices", "indptr"} <= set(keys):
-                raise DataError(f"{path}: a sparse matrix, expected a dense array; save x.toarray() as .npy")
+            if _CSR_KEYS & set(keys):
+                return _open_sparse_npz(archive, keys, y_key, path)
             if x_key is None:
                 raise DataError(f"{path}: arrays {_some(keys)}, expected one of {', '.join(X_KEYS)}")
             x = _read_member(archive, x_key, path)
@@ -374,6 +388,26 @@ def _open_npz(path: Path) -> Source:
     except Exception as error:  # zipfile's readers fail in many ways
         raise DataError(f"{path}: not a whole .npz file ({error}); save it again") from error
     return source_from_arrays(x, y, str(path))
+
+
+def _open_sparse_npz(archive: zipfile.ZipFile, keys: list[str], y_key: str | None, path: Path) -> Source:
+    """A CSR matrix as scipy's `save_npz` lays it out, or without its `format`."""
+    from .sparse import csr_source
+
+    layout = _read_member(archive, "format", path) if "format" in keys else np.array(b"csr")
+    if layout.dtype.kind not in "SU" or layout.size != 1 or layout.astype("U").item() != "csr":
+        raise DataError(f"{path}: a sparse matrix of format {str(layout)[:20]}, expected csr; save x.tocsr()")
+    missing = [key for key in ("data", "indices", "indptr", "shape") if key not in keys]
+    if missing:
+        raise DataError(
+            f"{path}: a sparse matrix without {', '.join(missing)}; save it as scipy's save_npz does"
+        )
+    shape = _read_member(archive, "shape", path)
+    if shape.shape != (2,) or shape.dtype.kind not in "iu":
+        raise DataError(f"{path}[shape]: {shape.dtype} of shape {list(shape.shape)}, expected 2 integers")
+    data, indices, indptr = (_read_member(archive, key, path) for key in ("data", "indices", "indptr"))
+    y = None if y_key is None else _read_member(archive, y_key, path)
+    return csr_source(data, indices, indptr, (int(shape[0]), int(shape[1])), y, str(path))
 
 
 def _read_member(archive: zipfile.ZipFile, key: str, path: Path) -> Array:
@@ -386,6 +420,8 @@ def _read_member(archive: zipfile.ZipFile, key: str, path: Path) -> Array:
     with archive.open(info) as member:
         stream = cast(zipfile.ZipExtFile, member)
         shape, fortran, dtype = _npy_header(stream, name)
+        if shape == (0,):  # of a matrix of zeros
+            return np.empty(0, dtype)
         array = _read_array(stream, shape[::-1] if fortran else shape, dtype, room, name)
     return array.T if fortran else array
 
@@ -404,13 +440,14 @@ def _opened(path: Path) -> io.BufferedReader:
         raise DataError(f"{path}: {reason}; expected {EXTENSIONS}") from error
 
 
-def _array(data: object, name: str) -> Array:
+def array_of(data: object, name: str) -> Array:
+    """A numpy array or CPU tensor as a numpy array. Raises TypeError and DataError for anything else."""
     if isinstance(data, np.ndarray):
         if isinstance(data, np.ma.MaskedArray):
             raise DataError(f"{name}: a masked array, expected one without gaps; use {name}.filled()")
         return data
     if not isinstance(data, torch.Tensor):
-        expected = "a Source, a numpy array, a torch tensor, a pair (x, y) or a path"
+        expected = "a Source, a numpy array, a torch tensor, a CSR matrix, a pair (x, y) or a path"
         raise TypeError(f"{name} is a {type(data).__name__}, expected {expected}")
     if data.device.type != "cpu":
         raise DataError(f"{name}: a tensor on {data.device}, expected one on the CPU; use {name}.cpu()")
@@ -430,7 +467,7 @@ def _usable(x: Array, name: str) -> Array:
     dtype = dtypes.get(x.dtype.str[1:])
     if dtype is None:
         raise DataError(f"{name}: dtype {x.dtype}, expected uint8 (for x / 255), bool or float; convert it")
-    if x.dtype == dtype and x.flags.c_contiguous:
+    if x.dtype == dtype and x.flags.c_contiguous and x.flags.aligned:
         return np.ascontiguousarray(x)
     needed = x.size * np.dtype(dtype).itemsize
     converted = f"{name}: {x.dtype} of shape {list(x.shape)} takes {needed} bytes to convert"
@@ -439,7 +476,7 @@ def _usable(x: Array, name: str) -> Array:
     try:
         if x.dtype == np.bool_:
             return np.ascontiguousarray(x).view(np.uint8) * np.uint8(255)
-        return np.ascontiguousarray(x, dtype=dtype)
+        return np.require(x, dtype, ["C", "A"])
     except MemoryError as error:
         raise DataError(f"{converted}, more than there is; {TOO_LARGE}") from error
 
@@ -462,7 +499,8 @@ def _check_finite(x: Array, name: str) -> None:
         raise DataError(f"{name}: {count} values are NaN or infinite, {first}; expected finite float32")
 
 
-def _labels(y: Array, n_samples: int, name: str) -> npt.NDArray[np.int64]:
+def labels_of(y: Array, n_samples: int, name: str) -> npt.NDArray[np.int64]:
+    """y as int64 [n_samples]. Raises DataError for another shape and for what are no integers."""
     if y.shape != (n_samples,):
         raise DataError(f"{name}: labels of shape {list(y.shape)}, expected [{n_samples}], one a sample")
     if y.dtype.kind not in "biu":

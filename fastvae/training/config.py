@@ -43,6 +43,10 @@ def _variance(value: Any) -> Any:
     return value if value in (None, "learned") else _number(value, 0, None, "a number above 0, or 'learned'")
 
 
+def _sum(value: Any) -> Any:
+    return value if value in (None, "median") else _number(value, 0, None, "a number above 0, or 'median'")
+
+
 def _file_or_fraction(value: Any) -> Any:
     try:
         float(value)
@@ -117,6 +121,12 @@ class TrainConfig(BaseModel):
         description="draw each pixel as 1 with probability x, else 0: anew in each epoch of training, "
         "once for validation and test",
     )
+    normalize_counts: Annotated[float | Literal["median"] | None, BeforeValidator(_sum)] = Field(
+        None,
+        description="bring the counts of each datum to this sum: a number, or median, that of the sums of "
+        "the training data",
+    )
+    log1p: bool = Field(False, description="take log(1 + x) of counts, after that")
     model: Annotated[str, BeforeValidator(_model)] = Field(
         "mlp",
         description="architecture of encoder and decoder: mlp, conv, or a class of your own, "
