@@ -196,6 +196,18 @@ void SparseRows::sums(double* out) const {
     });
 }
 
+std::int64_t SparseRows::bytes_of(const std::int64_t* rows, std::int64_t n) const {
+    std::int64_t values = 0, bytes_of_value = 0;
+    with_types(csr_, [&](auto value, auto index) {
+        using T = typename decltype(value)::type;
+        using I = typename decltype(index)::type;
+        const Arrays<T, I> arrays(csr_);
+        for (std::int64_t i = 0; i < n; ++i) values += arrays.starts[rows[i] + 1] - arrays.starts[rows[i]];
+        bytes_of_value = sizeof(T) + sizeof(I);
+    });
+    return values * bytes_of_value;
+}
+
 void SparseRows::gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const {
     const bool in_place = form.element == Element::float32 && !form.transform.any();
     std::vector<float> row(in_place ? 0 : static_cast<std::size_t>(csr_.n_columns));

@@ -41,6 +41,7 @@ public:
 
     void gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const override;
     RowLayout layout() const override { return {Element::float32, csr_.n_columns, 1}; }
+    std::int64_t bytes_of(const std::int64_t* rows, std::int64_t n) const override;
 
     // The sum of each row's values, float64 [n_rows].
     void sums(double* out) const;

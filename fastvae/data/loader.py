@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .. import _native
 from .mapped import sequential_blocks, shuffled_blocks, window_for
+from .memory import available_memory
 from .sources import DataError, Source, SourceLike, as_source
 from .state import LoaderStats, check_same, fingerprint
+from .torch_datasets import DatasetSource
 from .transform import Transform
 
 Batch: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
@@ -52,7 +53,8 @@ class DataLoader:
     and the samples of one `window` of it after another are permuted. A file that is cut, changed or replaced
     while it is in use, and a float in it that is NaN or infinite, is a DataError when a batch meets it.
 
-    source: a Source, an array or CPU tensor [N, ...], a pair (x, y), or a path (see `sources`).
+    source: a Source, an array or CPU tensor [N, ...], a pair (x, y), a CSR matrix, a torch Dataset, or a path
+        (see `as_source`).
     batch_size: samples a batch, at least 1.
     seed: of the shuffling and of `transform`, 0 <= seed < 2**64.
     window: samples to shuffle at a time, at least 1, in blocks of at most 1 MiB of them; N or more is all at
@@ -60,7 +62,8 @@ class DataLoader:
         container, has: then a ShuffleWarning tells the window, up to 256 MiB, and so does `note`.
     drop_last: leave out a last batch smaller than batch_size.
     num_workers: threads; 0 gathers in the calling thread, which is best for data in memory where all cores
-        compute; None is half of this process's cores and at most 4.
+        compute; None is half of this process's cores and at most 4. For a torch Dataset whose items Python
+        makes they are torch's worker processes, and None is none.
     dtype: of x: torch.float32, bfloat16 or float16 (rounded to nearest), or uint8 for a source of uint8,
         whose numbers then stay as they are.
     transform: what is done to each sample, see `Transform`; it may change `item_shape`.
@@ -90,14 +93,14 @@ class DataLoader:
         self.shuffle = bool(shuffle)
         self.seed = _integer("seed", seed, 0, 2**64 - 1)
         self.drop_last = bool(drop_last)
-        self.num_workers = _workers(num_workers)
         self._source = as_source(source)
+        self.num_workers = _workers(num_workers, self._source)
         self.dtype = dtype
         self.transform = transform
         _check_form(self._source, dtype, transform)
         self._epoch = self._first_batch = 0
         self._begun: int | None = None  # the epoch of the pass that was begun last
-        self._passes: WeakSet[_native.Batches] = WeakSet()
+        self._passes: WeakSet[Any] = WeakSet()
         self._closed = False
         self._fingerprint: str | None = None
         self.set_rank(rank, world_size)
@@ -107,15 +110,14 @@ class DataLoader:
         self._window_is_given = window is not None
         self.window = self._window(window)
         self._indices = chosen
+        _check_memory(self._source, min(self.batch_size, self._n_samples))
         self._native = self._make_native()
 
-    def _make_native(self) -> _native.Loader:
+    def _make_native(self) -> Any:
         indices = self._indices
         if indices is not None and self.window is not None:
             indices = np.sort(indices)  # blocks of them are to lie together
-        return _native.Loader(
-            self._source.rows(),
-            self._source.y,
+        return self._source.loader(
             indices,
             batch_size=self.batch_size,
             drop_last=self.drop_last,
@@ -162,7 +164,7 @@ class DataLoader:
     @property
     def item_shape(self) -> tuple[int, ...]:
         """Shape of one sample of a batch, [C, H, W] for images."""
-        return self._native.item_shape
+        return tuple(self._native.item_shape)
 
     @property
     def has_labels(self) -> bool:
@@ -318,9 +320,19 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
-def _workers(num_workers: int | None) -> int:
+def _check_memory(source: Source, batch_size: int) -> None:
+    """Batches that can never be made would be found out late, or by the system, which ends the process."""
+    needed, free = batch_size * math.prod(source.item_shape) * 4, available_memory()
+    if needed > free:
+        got = f"a batch of {batch_size} samples {list(source.item_shape)} takes {needed} bytes"
+        raise DataError(f"{source.name}: {got}, more than the {free} that are free; use a smaller batch_size")
+
+
+def _workers(num_workers: int | None, source: Source) -> int:
     if num_workers is not None:
         return _integer("num_workers", num_workers, 0, 256)
+    if isinstance(source, DatasetSource):
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, which share the cores
     return min(_MAX_WORKERS, cores // (2 * processes))

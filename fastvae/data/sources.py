@@ -30,7 +30,9 @@ from .mapped import MappedFile, mapped_file, mapped_rows
 from .memory import TOO_LARGE, available_memory
 
 Array: TypeAlias = npt.NDArray[Any]
-SourceLike: TypeAlias = "Source | Array | torch.Tensor | tuple[Any, Any] | str | os.PathLike[str]"
+SourceLike: TypeAlias = (
+    "Source | Array | torch.Tensor | torch.utils.data.Dataset[Any] | tuple[Any, Any] | str | os.PathLike[str]"
+)
 
 X_KEYS = ("x", "images", "data", "arr_0")
 Y_KEYS = ("y", "labels", "targets")
@@ -99,6 +101,10 @@ class Source(ABC):
     @abstractmethod
     def rows(self) -> _native.Rows:
         """What a native loader reads, with `n_samples` rows of `item_shape`."""
+
+    def loader(self, indices: npt.NDArray[np.int64] | None, **options: Any) -> Any:
+        """A `_native.Loader` of the samples at `indices`, or of all, with its options."""
+        return _native.Loader(self.rows(), self.y, indices, **options)
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def source_from_arrays(
     x = _usable(x, name)
     labels = None if y is None else labels_of(y, x.shape[0], name)
     if channels_last is None:
-        channels_last = _is_channels_last(x.shape)
+        channels_last = is_channels_last(x.shape)
     source = ArraySource(x, labels, name, channels_last, classes)
     if x.dtype != np.uint8 and (source.in_memory or x.nbytes <= _SCAN_BYTES):
         _check_finite(x, name)
@@ -185,8 +191,8 @@ def source_from_arrays(
 def as_source(data: SourceLike) -> Source:
     """Whatever a loader accepts, as a source.
 
-    A Source, an array, a CPU tensor, a CSR matrix of scipy or torch, a pair (x, y) of samples and labels, or
-    a path.
+    A Source, an array, a CPU tensor, a CSR matrix of scipy or torch, a pair (x, y) of samples and labels, a
+    torch Dataset (see `torch_datasets`), or a path.
 
     Raises DataError for data that cannot be used, TypeError for anything else.
     """
@@ -197,6 +203,10 @@ def as_source(data: SourceLike) -> Source:
             return open_source(data)
         case (x, y):
             return _source_of(x, array_of(y, "y"), "x")
+        case torch.utils.data.Dataset():
+            from .torch_datasets import dataset_source
+
+            return dataset_source(data)
         case _:
             return _source_of(data, None, "source")
 
@@ -447,7 +457,7 @@ def array_of(data: object, name: str) -> Array:
             raise DataError(f"{name}: a masked array, expected one without gaps; use {name}.filled()")
         return data
     if not isinstance(data, torch.Tensor):
-        expected = "a Source, a numpy array, a torch tensor, a CSR matrix, a pair (x, y) or a path"
+        expected = "a Source, a numpy array, a torch tensor or Dataset, a CSR matrix, a pair (x, y) or a path"
         raise TypeError(f"{name} is a {type(data).__name__}, expected {expected}")
     if data.device.type != "cpu":
         raise DataError(f"{name}: a tensor on {data.device}, expected one on the CPU; use {name}.cpu()")
@@ -510,5 +520,6 @@ def labels_of(y: Array, n_samples: int, name: str) -> npt.NDArray[np.int64]:
     return np.ascontiguousarray(y, dtype=np.int64)
 
 
-def _is_channels_last(shape: tuple[int, ...]) -> bool:
+def is_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether [N, H, W, C] is meant, with C of an image, and not [N, C, H, W]."""
     return len(shape) == 4 and shape[1] not in _IMAGE_CHANNELS and shape[3] in _IMAGE_CHANNELS

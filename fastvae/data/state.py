@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import _native
 from .sources import Source
+from .torch_datasets import DatasetSource
 
 _LOOKED_AT = 16  # samples
 
@@ -39,12 +39,20 @@ class LoaderStats:
 
 
 def fingerprint(source: Source, indices: npt.NDArray[np.int64] | None) -> str:
-    """A hash of the labels and the indices, and of a few samples from the first to the last."""
-    chosen = np.unique(np.linspace(0, source.n_samples - 1, _LOOKED_AT).astype(np.int64))
-    loader = _native.Loader(source.rows(), None, chosen, batch_size=len(chosen), drop_last=False, workers=0)
-    batches = loader.start(seed=0, epoch=0, shuffle=False, blocks=(0, 0), first_batch=0, rank=0, ranks=1)
+    """A hash of the labels and the indices, and of a few samples from the first to the last.
+
+    Of a torch Dataset that makes its items, which may be others each time, it is of its name and size.
+    """
     found = hashlib.sha256()
-    for array in (*batches, source.y, indices):
+    if isinstance(source, DatasetSource):
+        found.update(f"{source.name} {source.n_samples}".encode())
+        found.update(b"none" if indices is None else np.ascontiguousarray(indices).data)
+        return found.hexdigest()[:16]
+    chosen = np.unique(np.linspace(0, source.n_samples - 1, _LOOKED_AT).astype(np.int64))
+    loader = source.loader(chosen, batch_size=len(chosen), drop_last=False, workers=0)
+    batches = loader.start(seed=0, epoch=0, shuffle=False, blocks=(0, 0), first_batch=0, rank=0, ranks=1)
+    samples = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    for array in (*samples, source.y, indices):
         found.update(b"none" if array is None else np.ascontiguousarray(array).data)
     return found.hexdigest()[:16]
 

@@ -50,11 +50,37 @@ def negative_elbo(
     )
 
 
+def x_of(batch: object) -> Tensor:
+    """The x of a batch that is x or (x, y). Raises ValueError for another."""
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(x, Tensor):
+        got = f"{type(batch).__name__} of {type(x).__name__}" if x is not batch else type(batch).__name__
+        raise ValueError(f"batches: got a {got}, expected tensors: x, or (x, y); a collate_fn can give these")
+    if x.ndim < 2:
+        got = f"x of shape {list(x.shape)}"
+        raise ValueError(
+            f"batches: got {got}, expected [B, *item]; a loader with batch_size=None gives no batches"
+        )
+    return x
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """x as float32 on `device`; uint8 and bool are pixels there: x / 255, and 0 and 1.
+
+    Raises ValueError for other integers and complex numbers.
+    """
+    if not (x.is_floating_point() or x.dtype in (torch.uint8, torch.bool)):
+        expected = "floating point, or uint8 for x / 255"
+        raise ValueError(f"batches: got x of {str(x.dtype).removeprefix('torch.')}, expected {expected}")
+    is_pixels = x.dtype == torch.uint8
+    x = x.to(device, non_blocking=True).float()
+    return x / 255 if is_pixels else x
+
+
 def inputs(batches: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
-    """The x of each batch, which is x or (x, y), on `device`."""
+    """The x of each batch, which is x or (x, y), as float32 on `device`. Raises ValueError for others."""
     for batch in batches:
-        x = batch if isinstance(batch, Tensor) else batch[0]
-        yield x.to(device, non_blocking=True)
+        yield moved(x_of(batch), device)
 
 
 @torch.no_grad()
@@ -70,8 +96,8 @@ def evaluate(
     """The loss and its terms over all data, in nats a datum: eval mode, float32, one z a datum.
 
     model: one with `encode` and `decode`, as VAE.
-    batches: x [B, *item] or (x, y) each. A datum's noise depends on `seed` and on its place among the data,
-        not on the batch size.
+    batches: x [B, *item] or (x, y) each, of any loader; uint8 is x / 255. A datum's noise depends on `seed`
+        and on its place among the data, not on the batch size.
     loss: its averages over batches are weighted by their sizes; None is the negative ELBO at beta = 1. Its
         clamp of logvar holds for z too. Its free bits are left out, for they are a means of training: the
         loss here is recon + beta * kl; with a capacity recon + beta * |kl - capacity|, of the KL of all data.
@@ -134,7 +160,7 @@ def with_places(batches: Iterable[Batch], first_row: int = 0) -> Iterator[tuple[
     """The batches, each with the place of its first row."""
     for batch in batches:
         yield first_row, batch
-        first_row += len(batch if isinstance(batch, Tensor) else batch[0])
+        first_row += len(x_of(batch))
 
 
 def _plain(loss: ELBOLoss) -> ELBOLoss:

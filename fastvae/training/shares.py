@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import DataLoader
-from ..inference.evaluate import Batch, inputs
+from ..inference.evaluate import Batch, inputs, moved, x_of
 from .distributed import Ranks, Share
 
 
@@ -39,9 +39,9 @@ def shares_of_epoch(
             train.set_rank(*before)
     else:
         for batch in _batches(train, epoch, first):
-            x = batch if isinstance(batch, Tensor) else batch[0]
+            x = x_of(batch)
             share = ranks.share(len(x))
-            yield x[share.first : share.first + share.rows].to(device, non_blocking=True), share
+            yield moved(x[share.first : share.first + share.rows], device), share
 
 
 def _batches(train: Batches, epoch: int, first: int) -> Iterator[Batch]:

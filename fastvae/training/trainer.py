@@ -59,7 +59,8 @@ class Trainer:
     model: a VAE, or any nn.Module with encode(x [B, *item]) -> (mu, logvar), [B, *latent] each, and
         decode(z [B, *latent]) -> x_hat [B, *item]. Its `likelihood` counts where it has one, and the
         `log_variance` of a "gaussian", as in VAE; else it is "mse".
-    train, val: batches x, float32 [B, *item], or (x, y) whose y is not used. `set_epoch(epoch)` of `train`
+    train, val: batches x [B, *item], or (x, y) whose y is not used, of any loader that has a length: floating
+        point, or uint8 for x / 255. `set_epoch(epoch)` of `train`
         is called before each epoch, where there is one.
     loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits, capacity and
         logvar_clamp. Validation uses it too, always with the full beta and capacity and without free bits.
@@ -98,7 +99,7 @@ class Trainer:
     ) -> None:
         config = TrainConfig() if config is None else config
         self.ranks = join()
-        if len(train) == 0:
+        if _length(train) == 0:
             raise ValueError("train: got no batches, expected at least one")
         if isinstance(getattr(train, "sampler", None), DistributedSampler):
             raise ValueError(
@@ -460,3 +461,11 @@ class Trainer:
             f"step {error.step}, in epoch {epoch}, was not applied: {error.what}; {kept}; "
             f"try a lower --lr than {self.config.lr:g}{skip}"
         )
+
+
+def _length(train: Batches) -> int:
+    try:
+        return len(train)
+    except TypeError as error:
+        got = f"a {type(train).__name__} without a length ({error})"
+        raise ValueError(f"train: got {got}, expected batches whose number is known") from error
