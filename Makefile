@@ -1,4 +1,5 @@
-# make train: an environment in .venv, fastvae in it, and a first VAE. make test: its test suite.
+# make train: an environment in .venv, fastvae in it, and a first VAE. make test: its test suite. make sanitize: the
+# tests of the C++ under the compiler's sanitizers.
 # Options: PYTHON=python3.12 make train; ARGS="--data digits --epochs 3" make train
 
 PYTHON ?= python3
@@ -7,7 +8,9 @@ ARGS ?=
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml CMakeLists.txt constraints.txt $(shell find fastvae kernels csrc -type f -not -name '*.pyc')
 
-.PHONY: train test integration bench lint clean
+NATIVE_TESTS = loader sources sparse hostile_input fuzz torch_datasets mapped shapes elbo sampling totals tape
+
+.PHONY: train test integration sanitize sanitize-native bench lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastvae train --amp $(ARGS)
@@ -17,6 +20,22 @@ test: $(VENV)/.installed-test
 
 integration: $(VENV)/.installed-test,integration
 	$(BIN)/pytest -m integration $(ARGS)
+
+# The extension under AddressSanitizer and UndefinedBehaviorSanitizer, beside the one in the environment.
+sanitize: sanitize-native
+	$(BIN)/python -m pip install --no-deps --upgrade --target build/sanitized . \
+	    -C build-dir=build/address -C cmake.define.FASTVAE_SANITIZE=address,undefined
+	PYTHONPATH=build/sanitized LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    $(BIN)/pytest -p no:cacheprovider $(wildcard $(NATIVE_TESTS:%=tests/test_%.py)) $(ARGS)
+
+# The loader without Python, under ThreadSanitizer and under the other two.
+sanitize-native: $(VENV)/.installed-dev
+	for sanitizer in thread address,undefined; do \
+	    $(BIN)/cmake -S tests/native -B build/native-$$sanitizer -DFASTVAE_SANITIZE=$$sanitizer && \
+	    $(BIN)/cmake --build build/native-$$sanitizer && \
+	    $(BIN)/ctest --test-dir build/native-$$sanitizer --output-on-failure || exit 1; \
+	done
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/pytest bench $(ARGS)

@@ -277,6 +277,7 @@ void Batches::stop() {
 
 void Batches::close() {
     if (getpid() != process_) return;
+    const std::scoped_lock alone(state_->consumer);  // another thread may be closing, or waiting for a batch
     stop();
     const std::scoped_lock lock(state_->mutex);
     state_->closed = true;

@@ -1,0 +1,245 @@
+// The loader's threads under ThreadSanitizer, which cannot follow them in a Python that is not built for it, and its
+// memory under AddressSanitizer: whole passes, passes that are left early, failures, and several readers at once.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "loader.hpp"
+#include "sparse.hpp"
+
+using namespace fastvae;
+
+namespace {
+
+#define CHECK(condition)                                                             \
+    do {                                                                             \
+        if (!(condition)) {                                                          \
+            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
+            std::abort();                                                            \
+        }                                                                            \
+    } while (false)
+
+template <typename Action>
+bool throws(Action action) {
+    try {
+        action();
+    } catch (const std::exception&) {
+        return true;
+    }
+    return false;
+}
+
+constexpr std::int64_t kRows = 203, kFeatures = 17, kBatch = 8;
+
+// Row r is r in all its features.
+struct Numbered {
+    Numbered() : values(static_cast<std::size_t>(kRows * kFeatures)), labels(static_cast<std::size_t>(kRows)) {
+        for (std::int64_t i = 0; i < kRows * kFeatures; ++i) {
+            values[static_cast<std::size_t>(i)] = static_cast<float>(i / kFeatures);
+        }
+        for (std::int64_t i = 0; i < kRows; ++i) labels[static_cast<std::size_t>(i)] = i;
+    }
+
+    Table table() const {
+        const auto* data = reinterpret_cast<const std::byte*>(values.data());
+        auto rows = std::make_shared<DenseRows>(data, RowLayout{Element::float32, kFeatures, 1}, kRows,
+                                                std::vector<std::int64_t>{kFeatures});
+        return {std::move(rows), labels.data(), nullptr, kRows, Form{}};
+    }
+
+    std::vector<float> values;
+    std::vector<std::int64_t> labels;
+};
+
+// Fails at one row, as a file may.
+class Failing final : public Rows {
+public:
+    explicit Failing(std::int64_t at) : Rows(kRows, {kFeatures}), at_(at) {}
+    void gather(const std::int64_t* rows, std::int64_t n, const Form&, std::byte* out) const override {
+        if (std::find(rows, rows + n, at_) != rows + n) throw std::runtime_error("row " + std::to_string(at_));
+        std::memset(out, 0, static_cast<std::size_t>(n * kFeatures) * sizeof(float));
+    }
+    RowLayout layout() const override { return {Element::float32, kFeatures, 1}; }
+
+private:
+    const std::int64_t at_;
+};
+
+std::unique_ptr<Batches> begin(Loader& loader, std::uint64_t epoch, std::int64_t first = 0, Share share = {}) {
+    return loader.start(Order::shuffled(loader.table().n_samples, 7, epoch), 7, epoch, first, share);
+}
+
+void check_batch(const Batch& batch) {
+    const auto* x = reinterpret_cast<const float*>(batch.memory.get());
+    for (std::int64_t i = 0; i < batch.size; ++i) {
+        for (std::int64_t f = 0; f < kFeatures; ++f) CHECK(x[i * kFeatures + f] == static_cast<float>(batch.y[i]));
+    }
+}
+
+void whole_passes() {
+    const Numbered data;
+    for (int workers = 0; workers <= 4; ++workers) {
+        Loader loader(data.table(), kBatch, false, workers);
+        for (std::uint64_t epoch = 0; epoch < 4; ++epoch) {
+            std::vector<std::int64_t> seen;
+            const auto batches = begin(loader, epoch);
+            while (const auto batch = batches->next()) {
+                check_batch(*batch);
+                std::memset(batch->memory.get(), 255, sizeof(float));  // it is the reader's own
+                seen.insert(seen.end(), batch->y, batch->y + batch->size);
+            }
+            CHECK(!batches->next());
+            std::vector<std::int64_t> expected(static_cast<std::size_t>(kRows));
+            Order::shuffled(kRows, 7, epoch).fill(0, kRows, expected.data());
+            CHECK(seen == expected);
+        }
+        CHECK(loader.meter().samples == 4 * kRows);
+    }
+}
+
+void passes_that_are_left() {
+    const Numbered data;
+    Loader loader(data.table(), kBatch, true, 3);
+    std::vector<Batch> kept;
+    for (int round = 0; round < 200; ++round) {
+        const auto batches = begin(loader, static_cast<std::uint64_t>(round), round % (loader.n_batches() + 1));
+        for (int k = 0; k < round % 5; ++k) {
+            if (auto batch = batches->next()) kept.push_back(std::move(*batch));
+        }
+        if (round % 3 == 0) {
+            batches->close();
+            CHECK(throws([&] { batches->next(); }));
+        }
+        if (kept.size() > 20) kept.clear();
+    }
+    for (const Batch& batch : kept) check_batch(batch);
+}
+
+void batches_that_outlive_their_loader() {
+    const Numbered data;
+    std::vector<Batch> kept;
+    {
+        Loader loader(data.table(), kBatch, false, 2);
+        const auto batches = begin(loader, 0);
+        for (int k = 0; k < 9; ++k) kept.push_back(*batches->next());
+    }
+    for (const Batch& batch : kept) check_batch(batch);
+}
+
+void failures() {
+    for (int workers = 0; workers <= 3; ++workers) {
+        for (std::int64_t at = 0; at < kRows; at += 29) {
+            Loader loader({std::make_shared<Failing>(at), nullptr, nullptr, kRows, Form{}}, kBatch, false, workers);
+            const auto batches = begin(loader, 1);
+            CHECK(throws([&] { while (batches->next()) continue; }));
+            CHECK(!batches->next());
+        }
+    }
+}
+
+void several_readers() {
+    const Numbered data;
+    Loader loader(data.table(), kBatch, false, 2);
+    for (std::uint64_t epoch = 0; epoch < 20; ++epoch) {
+        const auto shared = begin(loader, epoch);
+        const auto position = shared->position();
+        std::atomic<std::int64_t> samples{0};
+        const auto read = [&] {
+            while (const auto batch = shared->next()) {
+                check_batch(*batch);
+                samples += batch->size;
+            }
+        };
+        // a pass of its own, of the same loader, beside the shared one
+        const auto own = begin(loader, epoch + 1, 0, Share{1, 3});
+        std::thread other(read), third([&] {
+            while (const auto batch = own->next()) check_batch(*batch);
+        });
+        for (int i = 0; i < 100; ++i) CHECK(position->load() <= loader.n_batches() && loader.meter().batches >= 0);
+        read();
+        other.join();
+        third.join();
+        CHECK(samples == kRows);
+    }
+}
+
+void closed_by_another() {
+    const Numbered data;
+    Loader loader(data.table(), kBatch, false, 2);
+    for (std::uint64_t epoch = 0; epoch < 50; ++epoch) {
+        const auto batches = begin(loader, epoch);
+        std::thread reader([&] {
+            try {
+                while (const auto batch = batches->next()) check_batch(*batch);
+            } catch (const std::runtime_error&) {
+            }
+        });
+        std::thread closer([&] { batches->close(); });
+        batches->close();
+        closer.join();
+        reader.join();
+        CHECK(throws([&] { batches->next(); }));
+    }
+}
+
+template <typename T, typename I>
+Csr csr_of(const std::vector<T>& values, const std::vector<I>& columns, const std::vector<I>& starts, Number number,
+           std::int64_t n_columns) {
+    return {reinterpret_cast<const std::byte*>(values.data()),
+            number,
+            reinterpret_cast<const std::byte*>(columns.data()),
+            reinterpret_cast<const std::byte*>(starts.data()),
+            sizeof(I) == 8,
+            static_cast<std::int64_t>(values.size()),
+            static_cast<std::int64_t>(starts.size()) - 1,
+            n_columns};
+}
+
+void sparse_rows() {
+    const std::vector<float> values{1, 2, 3};
+    std::vector<std::int32_t> columns{0, 4, 2}, starts{0, 2, 2, 3};
+    const auto made = [&] { return std::make_shared<SparseRows>(csr_of(values, columns, starts, Number::float32, 5)); };
+    const auto plain = made();
+    for (int workers = 0; workers <= 2; ++workers) {
+        Loader loader({std::make_shared<SparseRows>(*plain, 6.0, true), nullptr, nullptr, 3, Form{}}, 2, false, workers);
+        const auto batches = begin(loader, 0);
+        std::int64_t samples = 0;
+        while (const auto batch = batches->next()) samples += batch->size;
+        CHECK(samples == 3);
+    }
+    for (const std::int32_t bad : {-1, 5, std::numeric_limits<std::int32_t>::max()}) {
+        columns[1] = bad;
+        CHECK(throws(made));
+        std::vector<float> row(5);
+        const std::int64_t number = 0;
+        CHECK(throws([&] { plain->gather(&number, 1, Form{}, reinterpret_cast<std::byte*>(row.data())); }));
+        columns[1] = 4;
+        starts[2] = bad;
+        CHECK(throws(made));
+        starts[2] = 2;
+    }
+    columns[1] = 0;
+    CHECK(throws(made));
+    const std::vector<std::int64_t> wide_columns{0, std::numeric_limits<std::int64_t>::max(), 2}, wide{0, 2, 2, 3};
+    CHECK(throws([&] { SparseRows(csr_of(values, wide_columns, wide, Number::float32, 5)); }));
+}
+
+}  // namespace
+
+int main() {
+    whole_passes();
+    passes_that_are_left();
+    batches_that_outlive_their_loader();
+    failures();
+    several_readers();
+    closed_by_another();
+    sparse_rows();
+    std::puts("ok");
+}
