@@ -207,10 +207,33 @@ def test_other_data_and_another_model_are_refused(data, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="of another model"):
         Trainer(
             VAE.mlp((12,), (17,), 3, likelihood="gaussian"),
-            DataLoader(data[:150], 16),
+            DataLoader(data[:150], 16, shuffle=True, seed=3),
             config=TrainConfig(out=str(tmp_path), device="cpu"),
             resume=True,
         ).fit()
+    for train, differs in (
+        (DataLoader(data[:150] + 1, 16, shuffle=True, seed=3), "other data"),
+        (DataLoader(data[:150], 16, shuffle=True, seed=4), "seed: it is of 3, this loader of 4"),
+    ):
+        with pytest.raises(CheckpointError, match=f"of other data or options: state: {differs}"):
+            Trainer(
+                VAE.mlp((12,), (16,), 3, likelihood="gaussian"),
+                train,
+                config=TrainConfig(out=str(tmp_path), device="cpu"),
+                resume=True,
+            ).fit()
+
+
+def test_a_checkpoint_without_the_loader_s_state_is_resumed(data, tmp_path, monkeypatch) -> None:
+    """As older versions have left them."""
+    whole = fit(data, tmp_path / "whole", epochs=2)
+    with monkeypatch.context() as older:
+        older.setattr("fastvae.training.trainer.DataLoader", type("Other", (), {}))
+        fit(data, tmp_path / "run", epochs=1)
+    (_, state), _ = load_newest_checkpoint(tmp_path / "run")
+    assert "loader" not in state
+    resumed = fit(data, tmp_path / "run", epochs=2, resume=True)
+    assert_same(whole.model, resumed.model)
 
 
 def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(data, tmp_path) -> None:

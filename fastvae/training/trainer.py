@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data.distributed import DistributedSampler
 
+from ..data import DataLoader
 from ..inference.evaluate import evaluate, negative_elbo
 from ..inference.latents import LatentStatistics
 from ..loss import ELBOLoss
@@ -24,6 +25,7 @@ from ..models.model import check_batch, check_parameters
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
 from .checkpoint import (
+    CheckpointError,
     CheckpointWriter,
     checkpoint_path,
     checkpoints,
@@ -181,6 +183,8 @@ class Trainer:
         extra = self.extra_loss
         for module in (self.model, self.loss, *([extra] if isinstance(extra, nn.Module) else [])):
             self.ranks.broadcast([*module.parameters(), *module.buffers()])
+        if isinstance(self.train, DataLoader) and self.ranks.size > 1:  # all have its window
+            self.train.load_state_dict(self.ranks.from_first(self.train.state_dict))
         total_steps = config.epochs * len(self.train)
         step = TrainStep.from_config(
             self.model, self.loss, config, total_steps, self.amp_dtype, self.extra_loss, self.ranks
@@ -390,7 +394,10 @@ class Trainer:
         self._share_buffers()
         if writer is not None:
             tensors = {**training_tensors(self.model, self.loss, step), **prefixed("best", best_weights)}
-            writer.save(progress.step(len(self.train)), tensors, progress.to_json(len(self.train)))
+            state = progress.to_json(len(self.train))
+            if isinstance(self.train, DataLoader):
+                state["loader"] = self.train.state_dict()
+            writer.save(progress.step(len(self.train)), tensors, state)
 
     def _share_buffers(self) -> None:
         """Make the model's buffers equal on all ranks: running statistics become the mean of the ranks'."""
@@ -407,7 +414,13 @@ class Trainer:
         (tensors, state), problems = self.ranks.from_first(lambda: load_newest_checkpoint(folder))
         for problem in problems:
             print(f"{problem}; the one before it is used")
+        loader = state.pop("loader", None)  # not in those of older versions
         progress = Progress.from_json(state, len(self.train))
+        if isinstance(self.train, DataLoader) and loader is not None:
+            try:
+                self.train.load_state_dict(loader)
+            except ValueError as error:
+                raise CheckpointError(f"the checkpoint is of other data or options: {error}") from error
         load_training_tensors(tensors, self.model, self.loss, step)
         return progress, without_prefix("best", tensors)
 
