@@ -64,8 +64,8 @@ def x_of(batch: object) -> Tensor:
     return x
 
 
-def moved(x: Tensor, device: torch.device) -> Tensor:
-    """x as float32 on `device`; uint8 and bool are pixels there: x / 255, and 0 and 1.
+def moved(x: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x as `dtype` on `device`; uint8 and bool are pixels there: x / 255, and 0 and 1.
 
     Raises ValueError for other integers and complex numbers.
     """
@@ -73,14 +73,16 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
         expected = "floating point, or uint8 for x / 255"
         raise ValueError(f"batches: got x of {str(x.dtype).removeprefix('torch.')}, expected {expected}")
     is_pixels = x.dtype == torch.uint8
-    x = x.to(device, non_blocking=True).float()
+    x = x.to(device, non_blocking=True).to(dtype)
     return x / 255 if is_pixels else x
 
 
-def inputs(batches: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
-    """The x of each batch, which is x or (x, y), as float32 on `device`. Raises ValueError for others."""
+def inputs(
+    batches: Iterable[Batch], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
+    """The x of each batch, which is x or (x, y), as `dtype` on `device`. Raises ValueError for others."""
     for batch in batches:
-        yield moved(x_of(batch), device)
+        yield moved(x_of(batch), device, dtype)
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def log_likelihood(
     seed: int = 0,
     logvar_clamp: tuple[float, float] | None = None,
 ) -> LogLikelihood:
-    """ln p(x) of all data by importance sampling, in eval mode and in the precision of the data.
+    """ln p(x) of all data by importance sampling, in eval mode; in float64 where the model is.
 
     model: one with `encode` and `decode`, as VAE; "mse" is N(x_hat, I / 2), with its constant.
     batches: x [B, *item] or (x, y) each. Draw k of a datum depends on `seed`, on k and on the datum's place
@@ -141,10 +141,11 @@ def posteriors(
     The model is in eval mode meanwhile. prepare: what is done to x first, from x and its place.
     """
     model = as_model(model)
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
+    device, dtype = weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
     with evaluating(model), torch.autocast(device.type, enabled=False):
         for first_row, batch in with_places(batches):
-            (x,) = inputs([batch], device)
+            (x,) = inputs([batch], device, dtype)
             if len(x) == 0:
                 continue
             x = x if prepare is None else prepare(x, first_row)
