@@ -32,9 +32,9 @@ sanitize: sanitize-native
 # The loader without Python, under ThreadSanitizer and under the other two.
 sanitize-native: $(VENV)/.installed-dev
 	for sanitizer in thread address,undefined; do \
-	    $(BIN)/cmake -S tests/native -B build/native-$$sanitizer -DFASTVAE_SANITIZE=$$sanitizer && \
-	    $(BIN)/cmake --build build/native-$$sanitizer && \
-	    $(BIN)/ctest --test-dir build/native-$$sanitizer --output-on-failure || exit 1; \
+	    $(BIN)/cmake -S tests/native -B build/native-$${sanitizer%,*} -DFASTVAE_SANITIZE=$$sanitizer && \
+	    $(BIN)/cmake --build build/native-$${sanitizer%,*} && \
+	    $(BIN)/ctest --test-dir build/native-$${sanitizer%,*} --output-on-failure || exit 1; \
 	done
 
 bench: $(VENV)/.installed-bench

@@ -23,25 +23,8 @@ import numpy as np
 
 from fastvae.data import DataError, DataLoader, Source, open_source, sources, sparse
 
-NUMBERS = [
-    0,
-    1,
-    -1,
-    2,
-    3,
-    127,
-    128,
-    255,
-    256,
-    2**15,
-    2**16 - 1,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**62,
-    -(2**63),
-]
+NUMBERS = [-1, 0, 1, 2, 3, 127, 128, 255, 256, 2**15, 2**16 - 1]
+NUMBERS += [2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, -(2**63)]
 WORDS = [
     *(
         b"shape",
