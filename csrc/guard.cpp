@@ -46,7 +46,7 @@ void on_sigbus(int number, siginfo_t* info, void* context) {
 
 // A frame of its own: what is kept in registers is unknown after the jump.
 [[gnu::noinline]] void read_within(Guard& guard, void (*read)(void*), void* argument) {
-    if (sigsetjmp(guard.back, 0) == 0) {  // SA_NODEFER: there is no mask to restore
+    if (sigsetjmp(guard.back, 1) == 0) {  // with its signal mask: a sanitizer blocks all signals in a handler
         current = &guard;
         std::atomic_signal_fence(std::memory_order_seq_cst);
         read(argument);

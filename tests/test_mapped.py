@@ -100,11 +100,11 @@ def test_large_files_are_shuffled_in_windows(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(mapped, "memory_limit", lambda: 2 * x.nbytes)
     assert DataLoader(data, 8, shuffle=True).window is None
     monkeypatch.setattr(mapped, "memory_limit", lambda: 2 * x.nbytes - 1)
-    message = r"x\.npy: 0\.0 GB, too much for the memory at once; shuffled in windows of 62 samples"
+    message = r"x\.npy: 0\.0 GB, too much for the memory at once; shuffled in windows of 124 samples"
     with pytest.warns(ShuffleWarning, match=message):
         loader = DataLoader(data, 8, shuffle=True)
-    assert (loader.window, loader.note is not None) == (62, True)
-    assert np.array_equal(rows_of(loader), _native.epoch_order(1000, 0, 0, shuffled_blocks(62, 1024)))
+    assert (loader.window, loader.note is not None) == (124, True)
+    assert np.array_equal(rows_of(loader), _native.epoch_order(1000, 0, 0, shuffled_blocks(124, 1024)))
     assert DataLoader(x, 8, shuffle=True).window is None  # it is in memory as it is
     assert DataLoader(data, 8).window is None
     assert DataLoader(data, 8, shuffle=True, window=1000).window is None
@@ -379,7 +379,7 @@ for shuffle in (True, False):
         warnings.simplefilter("always")
         loader = DataLoader({str(path)!r}, 16, shuffle=shuffle, num_workers=2)
     assert [w.category for w in told] == [ShuffleWarning] * shuffle, told
-    assert loader.window == ({limit // 32 // row} if shuffle else None), loader.window
+    assert loader.window == ({limit // 16 // row} if shuffle else None), loader.window
     rows, most = [], 0
     for i, batch in enumerate(loader):
         rows.append(batch[:, 0].numpy().copy())

@@ -17,7 +17,7 @@ WINDOW_BYTES = 256 << 20  # shuffled at a time
 _SEQUENTIAL_BLOCKS = 16  # read ahead of an unshuffled pass
 _LEAST_BLOCKS = 64  # of a window, so that it has samples from all over the data
 _COMFORTABLE = 2  # times as much memory as data: a shuffled pass may have all of them in it
-_LEAST_WINDOWS = 32  # that the memory can hold
+_LEAST_WINDOWS = 16  # that the memory can hold
 
 
 @dataclass(frozen=True)

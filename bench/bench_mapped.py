@@ -1,0 +1,158 @@
+"""A file that is mapped, read in order and in blocks shuffled, against a plain sequential read of it.
+
+uint8 rows of 12,288 bytes, to uint8, with the file in the page cache and without; and the time to the first
+batch of a file of 10 GB. `python bench/bench_mapped.py MIB` compares them within a control group of so much
+memory (cgroup v1, as root), in which the file does not fit. FASTVAE_BENCH_DISK is where the file is put.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastvae.data import DataLoader, ShuffleWarning
+
+Compare = Callable[..., None]
+ROW, BATCH = 12288, 128
+MIB = 1 << 20
+ROUNDS = 3
+
+
+def make_file(folder: Path, mib: int) -> Path:
+    """Real bytes: a hole would not be read from the disk."""
+    path = folder / "rows.npy"
+    n = mib * MIB // ROW
+    rows = np.random.default_rng(0).integers(0, 256, (1024, ROW), dtype=np.uint8)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (n, ROW)}
+        )
+        for first in range(0, n, len(rows)):
+            file.write(rows[: n - first].tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def evict(path: Path) -> None:
+    """Takes the file out of the page cache."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(path: Path) -> None:
+    buffer = bytearray(MIB)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def load(path: Path, **options: object) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShuffleWarning)
+        loader = DataLoader(path, BATCH, dtype=torch.uint8, **options)
+    with loader:
+        for _ in loader:
+            pass
+
+
+def ways(path: Path, cold: bool, window: int | None) -> dict[str, Callable[[], None]]:
+    """What is compared, each with the page cache in the same state."""
+    done: dict[str, Callable[[], None]] = {
+        "fastvae, in order": lambda: load(path),
+        "fastvae, blocks shuffled": lambda: load(path, shuffle=True, window=window),
+        "sequential read": lambda: read(path),
+    }
+    if not cold:
+        return done
+
+    def evicted(call: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            evict(path)
+            call()
+
+        return run
+
+    return {name: evicted(call) for name, call in done.items()}
+
+
+@pytest.fixture(scope="module")
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("FASTVAE_BENCH_DISK")) as folder:
+        yield make_file(Path(folder), 1024)
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+def test_bench_mapped(compare: Compare, path: Path, cold: bool) -> None:
+    n = path.stat().st_size // ROW
+    title = f"mapped file of 1 GiB, page cache {'cold' if cold else 'warm'}"
+    compare(title, ways(path, cold, 64 * MIB // ROW), rounds=ROUNDS, samples=n)
+
+
+def test_bench_first_batch(compare: Compare, tmp_path: Path) -> None:
+    path = tmp_path / "large.npy"
+    n = 10**10 // (3 * 64 * 64 * 4)
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (n, 3, 64, 64)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + n * 3 * 64 * 64 * 4)
+
+    def numpy_first() -> None:
+        rows = np.random.default_rng().integers(0, n, BATCH)
+        torch.from_numpy(np.load(path, mmap_mode="r")[rows])
+
+    def first(**options: object) -> None:
+        with DataLoader(path, BATCH, shuffle=True, window=20000, **options) as loader:
+            next(iter(loader))
+
+    compare("first batch of 10 GB", {"fastvae": first, "np.load, x[rows]": numpy_first}, rounds=20)
+
+
+def main(mib: int) -> None:
+    """Rates within `mib` of memory, of a file four times that size, by another process that is limited."""
+    group = Path(f"/sys/fs/cgroup/memory/fastvae-bench-{os.getpid()}")
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(mib * MIB))
+        with tempfile.TemporaryDirectory(dir=os.environ.get("FASTVAE_BENCH_DISK")) as folder:
+            path = make_file(Path(folder), 4 * mib)
+            command = [sys.executable, __file__, str(mib), str(path)]
+            subprocess.run(
+                command,
+                preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
+                check=True,
+            )
+            most = int((group / "memory.max_usage_in_bytes").read_text())
+            print(f"at the most {most / MIB:.0f} MiB of {mib} were used")
+    finally:
+        (group / "memory.force_empty").write_text("0")
+        group.rmdir()
+
+
+def rates(path: Path) -> None:
+    size = path.stat().st_size
+    rates: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        for name, call in ways(path, True, None).items():
+            began = time.perf_counter()
+            call()
+            rates.setdefault(name, []).append(size / (time.perf_counter() - began))
+            print(f"{name:26s} {rates[name][-1] / 1e6:7.0f} MB/s", flush=True)
+    sequential = float(np.median(rates["sequential read"]))
+    for name, found in rates.items():
+        rate = float(np.median(found))
+        print(f"{name:26s} {rate / 1e6:7.0f} MB/s, {rate / sequential:.2f} of a sequential read")
+
+
+if __name__ == "__main__":
+    rates(Path(sys.argv[2])) if len(sys.argv) > 2 else main(int(sys.argv[1]))
