@@ -279,10 +279,18 @@ def test_a_run_skips_and_counts(tmp_path, capsys) -> None:
     assert capsys.readouterr().out.count("step 2 is skipped: the reconstruction term is ") == 1
 
 
-class Stopping(DataLoader):
-    """Sends SIGTERM when the twelfth batch of all is asked for."""
+def _batches(data: np.ndarray, batch_size: int) -> list[torch.Tensor]:
+    """[batch_size, 12] each, in order; unlike a DataLoader's, they may be others after a resumption."""
+    return list(torch.from_numpy(data).split(batch_size))
+
+
+class Stopping(list):
+    """Batches; sends SIGTERM when the twelfth of all is asked for."""
 
     asked = 0
+
+    def __init__(self, data: np.ndarray, batch_size: int) -> None:
+        super().__init__(_batches(data, batch_size))
 
     def __iter__(self):
         for x in super().__iter__():
@@ -296,10 +304,10 @@ def test_the_steps_that_are_skipped_survive_a_resumption(tmp_path) -> None:
     """The twelfth step is the first of two of which one more would be too many."""
     options = {"non_finite": "skip", "max_skipped_steps": 2}
     data = _data(2, 3)
-    whole, rows = _fit(data, **options)
+    whole, rows = _fit(data, _batches, **options)
     with pytest.raises(TrainingStopped):
         _fit(data, Stopping, out=str(tmp_path), **options)
-    resumed, again = _fit(data, out=str(tmp_path), resume=True, **options)
+    resumed, again = _fit(data, _batches, out=str(tmp_path), resume=True, **options)
     assert [row["skipped_steps"] for row in again] == [row["skipped_steps"] for row in rows] == [2, 4, 6]
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -308,7 +316,7 @@ def test_the_steps_that_are_skipped_survive_a_resumption(tmp_path) -> None:
     with pytest.raises(
         TrainingError, match=r"step 14, .* after 2 steps in a row that were skipped; the last"
     ):
-        _fit(_data(2, 3, 4), out=str(tmp_path), resume=True, **options)
+        _fit(_data(2, 3, 4), _batches, out=str(tmp_path), resume=True, **options)
 
 
 def test_the_command_counts_too(tmp_path, monkeypatch, capsys) -> None:
