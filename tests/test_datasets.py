@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastvae.data import datasets
+from fastvae.data import DataError, datasets
 from fastvae.data.datasets import REMOTES, fetch, resolve, split
-from fastvae.data.sources import DataError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FILES = list(REMOTES["mnist"].md5)

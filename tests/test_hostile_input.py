@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from processes import run_python
 
-from fastvae.data.sources import DataError, as_source, open_source
+from fastvae.data import DataError, as_source, open_source
 
 NPY = b"\x93NUMPY"
 
@@ -225,7 +225,7 @@ def test_memory_is_taken_for_what_is_there(tmp_path: Path) -> None:
     output = run_python(f"""
         import json, resource
         from pathlib import Path
-        from fastvae.data.sources import DataError, open_source
+        from fastvae.data import DataError, open_source
 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20), resource.RLIM_INFINITY))

@@ -12,8 +12,8 @@ from orders import feistel_order, numbered, rows_of
 from processes import n_threads, run_python
 
 from fastvae import _native
+from fastvae.data import ArraySource
 from fastvae.data.loader import DataLoader
-from fastvae.data.sources import ArraySource
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastvae.data.sources import DataError, as_source, open_source, read_idx, source_from_arrays
+from fastvae.data import DataError, as_source, open_source, source_from_arrays
+from fastvae.data.formats import read_idx
 
 IMAGES = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
 LABELS = np.array([3, 1, 0, 2], dtype=np.uint8)
@@ -209,7 +210,7 @@ def test_label_count_of_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_nan_and_inf_are_found(tmp_path: Path, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvae.data.sources._SCAN_BYTES", 64)
+    monkeypatch.setattr("fastvae.data.arrays._SCAN_BYTES", 64)
     x = np.zeros((50, 3, 4), dtype)
     x[30, 2, 1], x[31, 0, 0], x[31, 0, 1] = np.nan, np.inf, -np.inf
     np.savez(tmp_path / "x.npz", x=x)

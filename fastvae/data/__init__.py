@@ -1,9 +1,11 @@
 """Data: sources that open anything as rows, datasets by name, and the loader."""
 
+from .arrays import ArraySource, source_from_arrays
 from .datasets import Dataset, resolve, split
 from .loader import DataLoader, ShuffleWarning
 from .shapes import ShapeSource
-from .sources import ArraySource, DataError, Source, as_source, open_source, source_from_arrays
+from .source import DataError, Source
+from .sources import as_source, open_source
 from .sparse import SparseSource, counts
 from .transform import Transform
 

@@ -18,17 +18,10 @@ import numpy.typing as npt
 import torch  # noqa: F401 -- brings the OpenMP runtime that _native is linked against
 
 from .. import _native
+from .arrays import ArraySource, source_from_arrays
 from .shapes import N_IMAGES, ShapeSource
-from .sources import (
-    ArraySource,
-    DataError,
-    Source,
-    idx_path,
-    is_image_folder,
-    open_idx_folder,
-    open_source,
-    source_from_arrays,
-)
+from .source import DataError, Source
+from .sources import idx_path, is_image_folder, open_idx_folder, open_source
 
 _SPLIT_EPOCH = 2**63 - 1  # no pass of a loader has it, so a split is not the order of one
 _TIMEOUT_SECONDS = 60

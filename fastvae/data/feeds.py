@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from .arrays import ArraySource
 from .folders import ImageFile, Report, SizesError, Survey, classes_of, decoded, image_files, survey
 from .images import ImageError, Pixels, squared
 from .loader import DataLoader
 from .partial import StaleError, State
-from .sources import Array, ArraySource, DataError, Source
+from .source import Array, DataError, Source
 
 _PIECE_BYTES = 1 << 22
 

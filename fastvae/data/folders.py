@@ -14,9 +14,10 @@ from typing import TypeAlias, TypeVar
 
 import numpy as np
 
+from .arrays import source_from_arrays
 from .images import KINDS, SUFFIXES, ImageError, Pixels, decode, measure, quiet
 from .memory import available_memory
-from .sources import DataError, Source, source_from_arrays
+from .source import DataError, Source
 
 Report: TypeAlias = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 

@@ -16,7 +16,8 @@ import torch
 
 from .mapped import sequential_blocks, shuffled_blocks, window_for
 from .memory import available_memory
-from .sources import DataError, Source, SourceLike, as_source
+from .source import DataError, Source
+from .sources import SourceLike, as_source
 from .state import LoaderStats, check_same, fingerprint
 from .torch_datasets import DatasetSource
 from .transform import Transform

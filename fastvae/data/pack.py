@@ -11,7 +11,8 @@ from .feeds import CorruptImages, Feed, ImageFeed, SourceFeed
 from .folders import Report
 from .packed import Packed
 from .partial import Partial, StaleError, State
-from .sources import DataError, SourceLike, as_source, is_image_folder
+from .source import DataError
+from .sources import SourceLike, as_source, is_image_folder
 
 OnError = Literal["stop", "skip", "list"]
 

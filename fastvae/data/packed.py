@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .sources import DataError
+from .source import DataError
 
 Count = Annotated[int, Field(ge=0)]
 _PIECE = 1 << 20

@@ -18,7 +18,7 @@ import numpy as np
 from .folders import Report
 from .images import Pixels
 from .packed import Packed, checksum, json_path
-from .sources import DataError
+from .source import DataError
 
 SAVE_SECONDS = 2.0  # between two states on the disk
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch  # noqa: F401 -- brings the OpenMP runtime that _native is linked against
 
 from .. import _native
-from .sources import Source
+from .source import Source
 
 SHAPES = ("square", "ellipse", "heart")
 FACTORS = ("shape", "scale", "orientation", "x", "y")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .. import _native
-from .sources import ArraySource, DataError, Source, SourceLike, array_of, as_source, labels_of
+from .arrays import ArraySource, array_of, labels_of
+from .source import Array, DataError, Source
 
-Array: TypeAlias = npt.NDArray[Any]
+if TYPE_CHECKING:
+    from .sources import SourceLike
 
 # in each direction: what the loader reads as it is, and what holds the others' values
 _VALUES = {"b1": "u1", "i1": "i4", "i2": "i4", "u4": "i8", "u8": "i8", "f2": "f4"}
@@ -86,6 +88,8 @@ def counts(
     Batches are float32. A sample without any count stays zeros. Raises DataError for data that cannot be used
     (negative counts are, unless they are to stay as they are), ValueError for another `normalize`.
     """
+    from .sources import as_source  # which opens sparse matrices too
+
     labels = None if y is None else array_of(y, "y")
     if isinstance(x, np.ndarray) or (isinstance(x, torch.Tensor) and x.layout == torch.strided):
         source: Source = _from_dense(array_of(x, "x"), labels)

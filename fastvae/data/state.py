@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .sources import Source
+from .source import Source
 from .torch_datasets import DatasetSource
 
 _LOOKED_AT = 16  # samples

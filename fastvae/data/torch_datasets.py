@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from .. import _native
-from .sources import DataError, Source, array_of, as_source, is_channels_last
+from .arrays import array_of, is_channels_last
+from .source import DataError, Source
+from .sources import as_source
 
 
 def dataset_source(dataset: Dataset[Any]) -> Source:
