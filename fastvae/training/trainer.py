@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +19,11 @@ from ..inference.evaluate import evaluate, negative_elbo
 from ..inference.latents import LatentStatistics
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
-from ..models.files import CONFIG_NAME, WEIGHTS_NAME, save_weights, write_json
 from ..models.model import check_batch, check_parameters
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
 from .checkpoint import (
     CheckpointError,
-    CheckpointWriter,
     checkpoint_path,
     checkpoints,
     load_newest_checkpoint,
@@ -38,10 +35,10 @@ from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
 from .distributed import REPORT, Share, check_devices, join
 from .images import Images
-from .launch import note_begun, open_run
+from .keeper import Row, RunKeeper
+from .launch import open_run
 from .numbers import NonFiniteError
 from .result import TrainingError, TrainResult
-from .run_folder import METRICS_NAME, OPTIONS_NAME, prepare_run_folder
 from .shares import Batches, shares_of_epoch
 from .signals import SIGNALS, StopSignal, TrainingStopped
 from .state import Progress, load_training_tensors, training_tensors
@@ -194,21 +191,20 @@ class Trainer:
         if self.resume:
             progress, best_weights = self._restore(step)
         config_of_model = self._check_first_batch(progress)
+        keeper = RunKeeper(self.folder if self.ranks.is_first else None, config)
         try:
-            if self.folder is None:
-                self._run(step, progress, best_weights, None, None)
-            else:
-                if self.ranks.is_first:
-                    self._write_beginning(progress, config_of_model)
-                writing = CheckpointWriter(self.folder) if self.ranks.is_first else nullcontext()
-                with writing as writer, StopSignal() as stop:
-                    self._run(step, progress, best_weights, writer, stop)
+            stopping = nullcontext() if self.folder is None else StopSignal()
+            with keeper, stopping as stop:
+                if self.resume:
+                    keeper.go_on(progress.history)
+                else:
+                    keeper.begin(config_of_model, self.model.state_dict())
+                self._run(step, progress, best_weights, keeper, stop)
         except NonFiniteError as error:
             raise self._not_finite(error) from error
         step.weights.release()
         self.model.load_state_dict(best_weights)
-        if self.folder is not None and self.ranks.is_first:
-            save_weights(self.folder / WEIGHTS_NAME, best_weights)
+        keeper.finish(best_weights)
         rate = progress.samples / progress.seconds if progress.seconds else 0.0
         history = progress.history
         usage = overall(history, progress.wait_seconds, progress.seconds)
@@ -219,7 +215,7 @@ class Trainer:
         step: TrainStep,
         progress: Progress,
         best_weights: dict[str, Tensor],
-        writer: CheckpointWriter | None,
+        keeper: RunKeeper,
         stop: StopSignal | None,
     ) -> None:
         """Train from where `progress` stands to the end; `best_weights` is filled."""
@@ -231,8 +227,6 @@ class Trainer:
         watch = CollapseWatch(self.config, epochs * len(self.train), self.loss.spec.likelihood)
         for row in progress.history:
             watch.update(row)
-        if writer is not None and self.config.weights_epochs is not None and not self.resume:
-            writer.save_epoch(0, self.model.state_dict())
         with Telemetry(epochs, len(self.train)) as telemetry:
             while progress.epoch <= epochs and not progress.out_of_patience(self.config.patience):
                 for _ in self._train_epoch(step, progress, telemetry, gpu):
@@ -242,10 +236,9 @@ class Trainer:
                     if self.folder is None or (stopped is None and (every is None or total % every)):
                         continue
                     progress.wall_seconds = time.perf_counter() - began
-                    self._save(writer, step, progress, best_weights)
+                    self._save(keeper, step, progress, best_weights)
                     if stopped is not None:
-                        if writer is not None:
-                            writer.wait()
+                        keeper.wait()
                         self.ranks.wait()  # torchrun ends them all when one has ended
                         raise TrainingStopped(stopped, total, checkpoint_path(self.folder, total))
                 metrics = self._metrics(step, progress, gpu.average())
@@ -258,10 +251,10 @@ class Trainer:
                         "seconds": time.perf_counter() - began,
                     }
                     images = self._images.draw(self.model, progress.epoch)
-                    self._end_epoch(progress, row, best_weights, writer)
+                    self._end_epoch(progress, row, best_weights, keeper)
                 if self.folder is not None:
                     progress.wall_seconds = time.perf_counter() - began
-                    self._save(writer, step, progress, best_weights)
+                    self._save(keeper, step, progress, best_weights)
                 telemetry.epoch(row)
                 self._callbacks.on_epoch(row)
                 if images and self.ranks.is_first:
@@ -349,27 +342,16 @@ class Trainer:
         return shares_of_epoch(self.train, self.ranks, self.device, epoch, first)
 
     def _end_epoch(
-        self,
-        progress: Progress,
-        row: dict[str, Any],
-        best_weights: dict[str, Tensor],
-        writer: CheckpointWriter | None,
+        self, progress: Progress, row: Row, best_weights: dict[str, Tensor], keeper: RunKeeper
     ) -> None:
         """Take the row of a finished epoch into `progress` and the run folder, and begin the next."""
         progress.history.append(row)
-        if not progress.best or row["val_loss"] is None or row["val_loss"] < progress.best["val_loss"]:
+        weights = self.model.state_dict()
+        is_best = not progress.best or row["val_loss"] is None or row["val_loss"] < progress.best["val_loss"]
+        if is_best:
             progress.best = row
-            best_weights.update(
-                {name: w.detach().to("cpu", copy=True) for name, w in self.model.state_dict().items()}
-            )
-            if writer is not None:
-                writer.save_best(best_weights)
-        every = self.config.weights_epochs
-        if writer is not None and every is not None and progress.epoch % every == 0:
-            writer.save_epoch(progress.epoch, self.model.state_dict())
-        if self.folder is not None and self.ranks.is_first:
-            with open(self.folder / METRICS_NAME, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            best_weights.update({name: w.detach().to("cpu", copy=True) for name, w in weights.items()})
+        keeper.epoch(row, weights, best_weights if is_best else None)
         progress.samples += progress.epoch_samples
         progress.seconds += progress.epoch_seconds
         progress.wait_seconds += progress.epoch_wait_seconds
@@ -378,26 +360,22 @@ class Trainer:
         progress.epoch_seconds = progress.epoch_wait_seconds = 0.0
 
     def _save(
-        self,
-        writer: CheckpointWriter | None,
-        step: TrainStep,
-        progress: Progress,
-        best_weights: dict[str, Tensor],
+        self, keeper: RunKeeper, step: TrainStep, progress: Progress, best_weights: dict[str, Tensor]
     ) -> None:
-        """Write a checkpoint, on the rank that has the writer."""
+        """Write a checkpoint; all ranks come here, for what it holds is of them all."""
         step.averages()  # raises where a step was not applied
-        if not step.weights.flat.isfinite().all():
-            total = progress.step(len(self.train))
+        total = progress.step(len(self.train))
+        if not step.weights.are_finite():
             raise TrainingError(
                 f"weights are not finite after step {total}; try a lower --lr than {self.config.lr:g}"
             )
         self._share_buffers()
-        if writer is not None:
+        if self.ranks.is_first:
             tensors = {**training_tensors(self.model, self.loss, step), **prefixed("best", best_weights)}
             state = progress.to_json(len(self.train))
             if isinstance(self.train, DataLoader):
                 state["loader"] = self.train.state_dict()
-            writer.save(progress.step(len(self.train)), tensors, state)
+            keeper.checkpoint(total, tensors, state)
 
     def _share_buffers(self) -> None:
         """Make the model's buffers equal on all ranks: running statistics become the mean of the ranks'."""
@@ -423,20 +401,6 @@ class Trainer:
                 raise CheckpointError(f"the checkpoint is of other data or options: {error}") from error
         load_training_tensors(tensors, self.model, self.loss, step)
         return progress, without_prefix("best", tensors)
-
-    def _write_beginning(self, progress: Progress, config_of_model: dict[str, Any] | None) -> None:
-        """What the folder holds before the first step: options, the model's config, the rows so far."""
-        assert self.folder is not None
-        if not self.resume:
-            prepare_run_folder(self.folder)
-            note_begun(self.folder)
-            if config_of_model is not None:
-                write_json(self.folder / CONFIG_NAME, config_of_model)
-        # without where it lies: as --config it begins a run of its own, and the folder can be moved
-        options = self.config.replace(out=None, overwrite=False)
-        (self.folder / OPTIONS_NAME).write_text(options.to_toml())
-        rows = "".join(json.dumps(row) + "\n" for row in progress.history)
-        (self.folder / METRICS_NAME).write_text(rows)
 
     def _validate(self, epoch: int) -> dict[str, Any]:
         names = ("val_loss", "val_recon", "val_kl")
