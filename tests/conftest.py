@@ -1,13 +1,17 @@
-"""Fixtures of every test: a fresh seed, printed; GPU tests that cannot vanish in silence."""
+"""Fixtures of many tests: a fresh seed, printed; runs, commands; GPU tests that cannot vanish in silence."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from fastvae.cli import main
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,3 +38,38 @@ def seed() -> int:
     random.seed(value)
     np.random.seed(value)  # noqa: NPY002
     return value
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small data: threads would only wait for each other where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains on the digits with these options; the folder of the run."""
+
+    def train(options: str, name: str = "run") -> Path:
+        folder = tmp_path_factory.mktemp("digits") / name
+        assert main(["train", "--data", "digits", *options.split(), "--out", str(folder)]) == 0
+        return folder
+
+    return train
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command of fastvae; what it prints, which is one line of an error where the status is not 0."""
+
+    def typed(*arguments: object, status: int = 0) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == status
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == (status != 0)
+        return printed.err or printed.out
+
+    return typed

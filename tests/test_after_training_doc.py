@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from test_training_doc import BLOCK, assert_printed
 
 from fastvae.cli import main
@@ -16,13 +15,7 @@ from fastvae.cli import main
 DOC = Path(__file__).resolve().parent.parent / "docs/after-training.md"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small data: threads would only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_it_runs_as_it_stands(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 
+import digits
 import numpy as np
 import pytest
 import torch
@@ -34,13 +35,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "
 OPTIONS = ["--data", "digits", "--epochs", "30", "--hidden", "128", "64"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small data: threads would only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +57,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def validation():
-    """The digits that a run with seed 3 validates on, [180, 1, 8, 8]."""
-    images = (load_digits().images / 16).astype(np.float32)
-    _, rows = split(len(images), 0.1, 3)
-    return torch.from_numpy(images[rows, None])
+    return digits.validation(3)
 
 
 def _summary(run):
@@ -97,7 +89,7 @@ def test_the_summary(finished):
 
 def test_the_loss_is_below_that_of_the_mean_digit(finished, validation):
     run, _ = finished
-    images = torch.from_numpy(load_digits().images / 16)
+    images = digits.images()
     variance = float((images - images.mean(0)).square().mean())
     mean_digit = 32 * (math.log(2 * math.pi * variance) + 1)  # nats, with the best variance for it
     assert _summary(run)["val_loss"] < mean_digit - 10

@@ -8,18 +8,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import digits
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fastvae import VAE, load
 from fastvae.cli import main
-from fastvae.data import split
 from fastvae.data.datasets import REMOTES
 from fastvae.inference import decode, fit_mixture, interpolation, prior_quantiles, quantile_grid, traversal
 from fastvae.inference.plots import CAPTION, GAP, ROW_GAP, ROW_LABEL
@@ -30,23 +29,12 @@ SEED, LATENTS = 5, 4
 TILE = 80  # of 8 x 8 pixels
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small data: threads would only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("explore") / "run"
-    options = (
-        f"--data digits --epochs 8 --lr 1e-2 --hidden 32 --latent-dim {LATENTS} --seed {SEED} --no-report"
-    )
-    assert main(["train", *options.split(), "--out", str(folder)]) == 0
-    return folder
+def run(train: Callable[..., Path]) -> Path:
+    return train(f"--epochs 8 --lr 1e-2 --hidden 32 --latent-dim {LATENTS} --seed {SEED} --no-report")
 
 
 @pytest.fixture
@@ -55,24 +43,15 @@ def model(run: Path) -> VAE:
 
 
 @pytest.fixture
-def look(run: Path, tmp_path: Path, monkeypatch, capsys) -> Callable[..., str]:
+def look(run: Path, tmp_path: Path, monkeypatch, typed: Callable[..., str]) -> Callable[..., str]:
     """Runs a command on the run, in an empty folder; what it printed."""
     monkeypatch.chdir(tmp_path)
-
-    def look(command: str, *options: object, status: int = 0) -> str:
-        capsys.readouterr()
-        assert main([command, str(run), *map(str, options)]) == status
-        printed = capsys.readouterr()
-        assert printed.err.count("\n") == (status != 0)
-        return printed.err or printed.out
-
-    return look
+    return lambda command, *options, status=0: typed(command, run, *options, status=status)
 
 
 @pytest.fixture(scope="module")
 def validation() -> Tensor:
-    images = (load_digits().images / 16).astype(np.float32)
-    return torch.from_numpy(images[split(len(images), 0.1, SEED)[1], None])
+    return digits.validation(SEED)
 
 
 def mean(model: VAE, z: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file
 
 from fastvae import VAE, load
-from fastvae.cli import main
 from fastvae.inference.generate import sample
 from fastvae.models import ModelFilesError
 from fastvae.models.hub import HubError
@@ -30,11 +29,8 @@ needs_hub = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "digits of mine"
-    options = ["--epochs", "1", "--hidden", "16", "--latent-dim", "3", "--beta", "2", "--no-report"]
-    assert main(["train", "--data", "digits", "--device", "cpu", *options, "--out", str(folder)]) == 0
-    return folder
+def run(train: Callable[..., Path]) -> Path:
+    return train("--epochs 1 --hidden 16 --latent-dim 3 --beta 2 --no-report", "digits of mine")
 
 
 class FakeHub(BaseHTTPRequestHandler):

@@ -5,53 +5,41 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from browser import ABSENT, PATH, Browser, browser
-from sklearn.datasets import load_digits
+from digits import validation
 
 from fastvae import VAE, load
 from fastvae.cli import main
-from fastvae.data import split
 from fastvae.inference import report
 from fastvae.inference.generate import sample
 from fastvae.inference.report import charts, tables
 from fastvae.inference.report.record import RunRecord
 
-TRAIN = ["train", "--data", "digits", "--device", "cpu", "--batch-size", "256"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 HOSTILE = """<script>alert(1)</script>"'&$\\frac{{ 7 * 7 }}"""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small data: threads would only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs on the digits: two finished, and one that ended before its time and knows hostile words."""
-    folder = tmp_path_factory.mktemp("runs")
-    small = [*TRAIN, "--epochs", "2", "--hidden", "16", "--latent-dim", "4", "--out", str(folder / "small")]
-    other = ["--epochs", "3", "--model", "conv", "--latent-dim", "2", "--beta", "4", "--no-report"]
-    assert main(small) == 0
-    assert main([*TRAIN, *other, "--out", str(folder / "other")]) == 0
-    ended = folder / "ended <b>&"
-    shutil.copytree(folder / "small", ended)
+    small = train("--epochs 2 --hidden 16 --latent-dim 4 --batch-size 256", "small")
+    options = "--epochs 3 --model conv --latent-dim 2 --beta 4 --batch-size 256 --no-report"
+    other = train(options, "other")
+    ended = tmp_path_factory.mktemp("runs") / "ended <b>&"
+    shutil.copytree(small, ended)
     for name in ("summary.json", "model.safetensors", "report.html", "samples.png", "reconstructions.png"):
         (ended / name).unlink()
     options = (ended / "train.toml").read_text()
     (ended / "train.toml").write_text(options.replace("epochs = 2", "epochs = 9"))
     with (ended / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "val_l')
-    return {"small": folder / "small", "other": folder / "other", "ended": ended}
+    return {"small": small, "other": other, "ended": ended}
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +96,7 @@ def test_what_is_shown_is_what_the_model_makes(
     monkeypatch.setattr(report.pictures, "_uri", lambda *x, columns=8: drawn.extend(x) or "data:,")
     monkeypatch.setattr(charts, "scatter", lambda p, *rest: points.append(p) or "")
     model = load(runs["other"])
-    images = (load_digits().images / 16).astype(np.float32)[:, None]
-    _, rows = split(len(images), 0.1, 0)
-    x = torch.from_numpy(images[rows])
+    x = validation(0)
     kl = json.loads((runs["other"] / "summary.json").read_text())["kl_by_latent"]
     pictures = report.draw(model, [x[:100], x[100:]], seed=5, kl_by_latent=kl)
     mu = model.encode(x)[0].detach()
@@ -261,14 +247,13 @@ def test_errors_are_one_line(
 
 
 def test_a_report_that_fails_does_not_lose_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("no\nfonts")
 
     monkeypatch.setattr(report, "draw", fail)
-    run = tmp_path / "run"
-    assert main([*TRAIN, "--epochs", "1", "--hidden", "8", "--out", str(run)]) == 0
+    run = train("--epochs 1 --hidden 8")
     captured = capsys.readouterr()
     again = f"the run is whole; to draw it again: fastvae report {run}"
     assert captured.err == f"fastvae: warning: no report: RuntimeError: no fonts; {again}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +12,22 @@ import torch
 from sklearn.datasets import load_digits
 
 from fastvae.cli import main
+from fastvae.cli.arguments import add_run_command, add_run_options
 from fastvae.cli.output import add_output_options, output_path
-from fastvae.cli.runs import add_command, add_run_options, open_data, open_run, track
+from fastvae.cli.runs import open_data, open_run, track
 from fastvae.data import split
 from fastvae.models import ModelFilesError
 from fastvae.training.config import ConfigError
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    options = "--data digits --epochs 1 --hidden 8 --latent-dim 3 --seed 5 --val 0.2 --no-report"
-    assert main(["train", *options.split(), "--out", str(folder)]) == 0
-    return folder
+def run(train: Callable[..., Path]) -> Path:
+    return train("--epochs 1 --hidden 8 --latent-dim 3 --seed 5 --val 0.2 --no-report")
 
 
 def parse(*options: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    command = add_command(parser.add_subparsers(), "look", print, "", "")
+    command = add_run_command(parser.add_subparsers(), "look", print, "", "")
     add_run_options(command, data=True)
     add_output_options(command, ("png", "gif", "npy"))
     return parser.parse_args(["look", *map(str, options)])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.signals import StopSignal
+from .arguments import add_command
 
 if TYPE_CHECKING:
     from ..data.folders import Report
@@ -39,28 +40,15 @@ def add(commands: Any) -> None:
     _add_verify(actions)
 
 
-def _add(actions: Any, name: str, run: Any, help: str, description: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(
-        name, help=help, description=description, allow_abbrev=False
-    )
-    parser.set_defaults(run=run, options=parser._option_string_actions)
-    return parser
-
-
-def _debug(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
 def _add_list(actions: Any) -> None:
     text = "List the data that have a name: samples, shape, where they lie, or how to get them."
-    _debug(_add(actions, "list", _list, "list the data that have a name", text))
+    add_command(actions, "list", _list, "list the data that have a name", text)
 
 
 def _add_fetch(actions: Any) -> None:
     text = "Download data that have a name and check their checksums. What is here is not fetched again."
-    parser = _add(actions, "fetch", _fetch, "download data that have a name", text)
+    parser = add_command(actions, "fetch", _fetch, "download data that have a name", text)
     parser.add_argument("name", metavar="NAME", help="as fastvae data list shows it")
-    _debug(parser)
 
 
 def _add_pack(actions: Any) -> None:
@@ -69,7 +57,7 @@ def _add_pack(actions: Any) -> None:
         "uint8, which fastvae and NumPy read without loading it, and a JSON beside it with labels and "
         "checksum. A pack that was stopped goes on where it was when the same command is given again."
     )
-    parser = _add(actions, "pack", _pack, "make one .npy of a folder of images or of other data", text)
+    parser = add_command(actions, "pack", _pack, "make one .npy of a folder of images or of other data", text)
     parser.add_argument(
         "source", metavar="SRC", help="a folder, a file, or a name, as of fastvae train --data"
     )
@@ -94,14 +82,12 @@ def _add_pack(actions: Any) -> None:
         help="at a corrupt image: stop; skip it; or list all of them and make nothing (default: stop)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
-    _debug(parser)
 
 
 def _add_verify(actions: Any) -> None:
     text = "Compare a packed .npy with the checksum, the shape and the labels in the JSON beside it."
-    parser = _add(actions, "verify", _verify, "check a packed file against its checksum", text)
+    parser = add_command(actions, "verify", _verify, "check a packed file against its checksum", text)
     parser.add_argument("file", metavar="FILE", help="a .npy that fastvae data pack has made")
-    _debug(parser)
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import add_run_command, add_run_options
 from .output import check_out, load_latents, save_batches
-from .runs import add_command, add_run_options, open_run, track
+from .runs import open_run, track
 from .sample import add_draw_x
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add `decode` to argparse's subcommands."""
-    parser = add_command(
+    parser = add_run_command(
         commands,
         "decode",
         run,

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import add_run_command, add_run_options
 from .output import check_out, save_batches
-from .runs import add_command, add_run_options, open_data, open_run, track
+from .runs import open_data, open_run, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add `encode` to argparse's subcommands."""
-    parser = add_command(
+    parser = add_run_command(
         commands,
         "encode",
         run,

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
+from .arguments import add_run_command, add_run_options, positive
 from .output import check_out
-from .runs import add_command, add_run_options, open_data, open_run, positive, track
+from .runs import open_data, open_run, track
 
 if TYPE_CHECKING:
     from ..inference.importance import EvaluationError
@@ -22,7 +23,7 @@ SHOWN = 20  # latents in the table; all are in evaluation.json
 
 def add(commands: Any) -> None:
     """Add `evaluate` to argparse's subcommands."""
-    parser = add_command(
+    parser = add_run_command(
         commands,
         "evaluate",
         run,

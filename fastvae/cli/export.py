@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..training.config import ConfigError
-from .runs import add_command, open_run
+from .arguments import add_model, add_run_command
+from .runs import open_run
 
 
 def add(commands: Any) -> None:
     """Add `export` to argparse's subcommands."""
-    parser = add_command(
+    parser = add_run_command(
         commands,
         "export",
         run,
@@ -25,12 +26,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="default: onnx")
     parser.add_argument("--out", metavar="DIR", help="default: the folder onnx in that of the run")
-    parser.add_argument(
-        "--model",
-        metavar="MODULE:CLASS",
-        help="the class of a run with a model of your own, as for fastvae train",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_model(parser)
     parser.set_defaults(device="cpu", seed=None)
 
 

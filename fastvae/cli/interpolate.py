@@ -6,15 +6,16 @@ import argparse
 from typing import Any
 
 from ..training.config import ConfigError
+from .arguments import add_run_command, add_run_options, index, positive
 from .output import add_output_options, output_path, save_array, save_moving, save_picture
-from .runs import add_command, add_run_options, index, open_data, open_run, positive, track
+from .runs import decoded, open_data, open_run
 
 STEPS = {"png": 10, "npy": 10, "gif": 30}
 
 
 def add(commands: Any) -> None:
     """Add `interpolate` to argparse's subcommands."""
-    parser = add_command(
+    parser = add_run_command(
         commands,
         "interpolate",
         run,
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Encode, go, decode and write."""
     import torch
 
-    from ..inference import decode, encode, interpolation, plots
+    from ..inference import encode, interpolation, plots
     from ..inference.paths import there_and_back
 
     if len(arguments.start) != len(arguments.end):
@@ -68,14 +69,13 @@ def run(arguments: argparse.Namespace) -> None:
     ends = data.batches(arguments.end, "to")
     z = [torch.cat(list(encode(opened.model, batches))) for batches in (starts, ends)]
     ways = [interpolation(a, b, steps, spherical=arguments.spherical) for a, b in zip(*z, strict=True)]
-    batches = track(torch.cat(ways).split(arguments.batch_size), "decoding")
-    x = torch.cat(list(decode(opened.model, batches))).reshape(len(ways), steps, *opened.item_shape)
+    x = decoded(opened, torch.stack(ways), arguments.batch_size)
     first, last = torch.cat(starts), torch.cat(ends)
     if kind == "npy":
         save_array(path, x)
     elif kind == "gif":
         frames = [plots.table(torch.stack((first, x[:, i], last), 1)) for i in range(steps)]
-        save_moving(path, [frames[i] for i in there_and_back(steps)])
+        save_moving(path, there_and_back(frames))
     else:
         between = torch.cat((first.unsqueeze(1), x, last.unsqueeze(1)), 1)
         columns = ["x", *(f"{i / (steps - 1):.3g}" for i in range(steps)), "x"]

@@ -7,19 +7,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
+from .arguments import add_run_command, add_run_options, index, positive
 from .output import add_output_options, output_path, save_array, save_moving, save_picture
-from .runs import (
-    Run,
-    RunData,
-    add_command,
-    add_run_options,
-    index,
-    latents_of,
-    open_data,
-    open_run,
-    positive,
-    track,
-)
+from .runs import Run, RunData, latents_of, open_data, open_run, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +23,7 @@ LAST_SECONDS = 2.0  # of the last frame
 
 def add(commands: Any) -> None:
     """Add `latents` to argparse's subcommands."""
-    parser = add_command(
+    parser = add_run_command(
         commands,
         "latents",
         run,

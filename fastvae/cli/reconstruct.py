@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .arguments import add_run_command, add_run_options, positive
 from .output import add_output_options, output_path, save_array, save_picture
-from .runs import add_command, add_run_options, open_data, open_run, positive, track
+from .runs import open_data, open_run, track
 from .sample import add_draw_x
 
 LISTED = 8
@@ -14,7 +15,7 @@ LISTED = 8
 
 def add(commands: Any) -> None:
     """Add `reconstruct` to argparse's subcommands."""
-    parser = add_command(
+    parser = add_run_command(
         commands,
         "reconstruct",
         run,

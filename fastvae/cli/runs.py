@@ -1,4 +1,4 @@
-"""What the commands after training share: a finished run, its data, and where their output goes."""
+"""What the commands after training share: a run, its data, and what its model makes of latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from ..data import DataLoader, Dataset, Source
     from ..models import Model
 
-SPLITS = ("train", "val", "test", "all")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its model in eval mode on `device`, and the options that it was trained with.
+    """A run: its model in eval mode on `device`, and the options that it was trained with.
 
     seed: of --seed, else the run's own. item_shape, latent_shape: of one x and of one z. summary: what
     summary.json holds; empty without one, as where `Trainer` has made the run.
@@ -64,150 +63,94 @@ class RunData:
         """At most n of the data, drawn by `seed`, in their own order."""
         import numpy as np
 
-        from ..data import DataLoader
-
         if n >= self.loader.n_samples:
             return self
         chosen = np.sort(np.random.default_rng(seed).choice(self.loader.n_samples, n, replace=False))
         rows = chosen if self.rows is None else self.rows[chosen]
-        loader = self.loader
-        return replace(
-            self,
-            name=f"{n:,} of {self.name}",
-            loader=DataLoader(
-                self.source,
-                loader.batch_size,
-                seed=loader.seed,
-                indices=rows,
-                num_workers=loader.num_workers,
-                transform=loader.transform,
-            ),
-            rows=rows,
-            labels=None if self.labels is None else self.labels[chosen],
-        )
+        labels = None if self.labels is None else self.labels[chosen]
+        name = f"{n:,} of {self.name}"
+        return replace(self, name=name, loader=self._loader(rows), rows=rows, labels=labels)
 
     def batches(self, indices: Sequence[int], option: str = "index") -> list[Tensor]:
         """x of the data at `indices`, in that order: float32 [B, *item]. Raises ConfigError, of `option`."""
-        from ..data import DataLoader
-
         for index in indices:
             if not 0 <= index < self.loader.n_samples:
                 expected = f"0 to {self.loader.n_samples - 1}, of {self.name}"
                 raise ConfigError(option, f"got {index}, expected {expected}")
-        rows = list(indices) if self.rows is None else [int(self.rows[index]) for index in indices]
-        loader = DataLoader(
+        rows = list(indices) if self.rows is None else self.rows[list(indices)]
+        return [batch[0] if isinstance(batch, tuple) else batch for batch in self._loader(rows)]
+
+    def _loader(self, rows: npt.ArrayLike) -> DataLoader:
+        """One like `loader`, of other rows of the source."""
+        from ..data import DataLoader
+
+        like = self.loader
+        return DataLoader(
             self.source,
-            self.loader.batch_size,
-            seed=self.loader.seed,
+            like.batch_size,
+            seed=like.seed,
             indices=rows,
-            num_workers=0,
-            transform=self.loader.transform,
+            num_workers=like.num_workers,
+            transform=like.transform,
         )
-        return [batch[0] if isinstance(batch, tuple) else batch for batch in loader]
 
 
-def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, description: str
-) -> argparse.ArgumentParser:
-    """Add a command on a run to argparse's subcommands, and return its parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=description, allow_abbrev=False
-    )
-    parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    parser.set_defaults(run=run, options=parser._option_string_actions)
-    return parser
+def open_run(arguments: argparse.Namespace, folder: Path | None = None, *, finished: bool = True) -> Run:
+    """The run in the folder that the command line names, or in another, its model on --device.
 
+    finished: whether it has to be; else it has the weights that it would end with now.
 
-def add_run_options(
-    parser: argparse.ArgumentParser, *, data: bool | str = False, part: str | None = None
-) -> None:
-    """Add the options that `open_run` reads, and with `data` those of `open_data`.
-
-    data: a text says in the help what the command needs data for. part: what it takes of them by default.
-    """
-    if data:
-        group = parser.add_argument_group("data")
-        what = "" if data is True else f"{data}: "
-        group.add_argument(
-            "--data",
-            metavar="NAME|PATH",
-            help=f"{what}a name or a path, as of fastvae train (default: the run's own)",
-        )
-        group.add_argument(
-            "--split",
-            choices=SPLITS,
-            help="which part: test, what the run has validated on (val) or trained on (train), or both (all) "
-            "(default: "
-            + (part or "test data where there are any, else val; of a file given with --data, all")
-            + ")",
-        )
-    group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--model",
-        metavar="MODULE:CLASS",
-        help="the class of a run with a model of your own, as for fastvae train",
-    )
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
-    )
-    group.add_argument(
-        "--batch-size",
-        type=positive,
-        default=256,
-        metavar="N",
-        help="data at a time; no result depends on it (default: 256)",
-    )
-    group.add_argument("--seed", type=seed, metavar="N", help="of all draws (default: the run's)")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def open_run(arguments: argparse.Namespace) -> Run:
-    """The run in the folder that the command line names, its model on --device.
-
-    Raises ModelFilesError for a folder without a finished run, ConfigError for an option that does not fit,
+    Raises ModelFilesError for a folder without such a run, ConfigError for an option that does not fit,
     ConfigFileError for a train.toml that is none.
     """
-    from ..models import ModelFilesError, load
-    from ..models.files import CONFIG_NAME, WEIGHTS_NAME
-    from ..training.checkpoint import checkpoints
+    from ..models import ModelFilesError
+    from ..models.files import CONFIG_NAME, WEIGHTS_NAME, read, read_config
+    from ..training.checkpoint import BEST_NAME, checkpoints
     from ..training.device import choose_device
-    from ..training.run_folder import OPTIONS_NAME, SUMMARY_NAME
+    from ..training.run_folder import CHECKPOINTS_NAME, OPTIONS_NAME, SUMMARY_NAME
     from .model import own_class
 
-    folder = Path(arguments.folder)
+    folder = folder or Path(arguments.folder)
     device, _ = choose_device(arguments.device)
-    if not (folder / WEIGHTS_NAME).is_file() and checkpoints(folder):
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file() and finished and checkpoints(folder):
         raise ModelFilesError(
             f"{folder}: the run is not finished, there are checkpoints but no {WEIGHTS_NAME}; finish it with "
             f"fastvae train --resume {folder}"
         )
+    if not weights.is_file() and not finished:
+        weights = folder / CHECKPOINTS_NAME / BEST_NAME
     options = folder / OPTIONS_NAME
     config = TrainConfig.from_toml(options) if options.is_file() else TrainConfig()
-    own = None if arguments.model is None else own_class(TrainConfig(model=arguments.model))
-    model_config = _json(folder / CONFIG_NAME)
-    architecture = str(model_config.get("architecture"))
-    if own is None and ":" in architecture:
-        name = config.model if ":" in config.model else architecture
-        raise ModelFilesError(f"{folder}: the model is a class of your own; name it with --model {name}")
-    model: Model = load(folder) if own is None else load(folder, own)
+    of_model, own = read_config(folder / CONFIG_NAME), None
+    architecture = str(of_model.get("architecture"))
+    if ":" in architecture:
+        if arguments.model is None:
+            name = config.model if ":" in config.model else architecture
+            raise ModelFilesError(f"{folder}: the model is a class of your own; name it with --model {name}")
+        own = own_class(TrainConfig(model=arguments.model))
     return Run(
         folder,
-        model.to(device),
+        read(folder / CONFIG_NAME, weights, own).to(device),
         config,
         device,
         config.seed if arguments.seed is None else arguments.seed,
-        tuple(model_config["item_shape"]),
-        tuple(model_config.get("latent_shape") or (model_config["latent_dim"],)),
+        tuple(of_model["item_shape"]),
+        tuple(of_model.get("latent_shape") or (of_model["latent_dim"],)),
         _json(folder / SUMMARY_NAME),
     )
 
 
-def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) -> RunData:
+def open_data(
+    run: Run, arguments: argparse.Namespace, part: str | None = None, *, binarize: bool = False
+) -> RunData:
     """The data of --data and --split, by default those that `run` has not trained on, or their `part`.
+
+    binarize: draw each value as 1 with the probability that it says; as in training where that did so.
 
     Raises ConfigError, and DataError for data that cannot be used.
     """
-    from ..data import DataError, DataLoader, resolve
+    from ..data import DataError, DataLoader, Transform, resolve
     from ..training.transforms import of_evaluation
 
     name = arguments.data or run.config.data
@@ -221,13 +164,18 @@ def open_data(run: Run, arguments: argparse.Namespace, part: str | None = None) 
         raise ConfigError("data", f"got none, and the run's own cannot be opened: {error}") from error
     source, rows, which = _part(run, data, name, arguments, arguments.split or part)
     source = as_counts(source, run.config)
+    if binarize:
+        low, high = source.value_range()
+        if low < 0 or high > 1:
+            got = f"got {data.name} with values from {low:g} to {high:g}"
+            raise ConfigError("binarize", f"{got}, expected probabilities, in [0, 1]")
     loader = DataLoader(
         source,
         arguments.batch_size,
-        seed=run.config.seed,
+        seed=run.seed,
         indices=rows,
         num_workers=workers(source, run.device.type != "cpu"),
-        transform=of_evaluation(run.config),
+        transform=Transform(binarize=True, fixed=True) if binarize else of_evaluation(run.config),
     )
     if loader.item_shape != run.item_shape:
         got, expected = (" x ".join(map(str, shape)) for shape in (loader.item_shape, run.item_shape))
@@ -316,45 +264,11 @@ def latents_of(values: Sequence[int], run: Run, option: str) -> list[int]:
     return list(values)
 
 
-def kl_of_latents(run: Run, arguments: argparse.Namespace) -> list[float] | None:
-    """The KL of each latent in nats, [Z]: of summary.json, else of the data; None where there are neither."""
-    found = run.summary.get("kl_by_latent")
-    if found is not None:
-        return list(found)
-    if arguments.data is None and run.config.data is None:
-        return None
+def decoded(run: Run, z: Tensor, batch_size: int) -> Tensor:
+    """The means of p(x|z) for z [R, S, *latent]: [R, S, *item]."""
     import torch
 
-    from ..inference.evaluate import inputs
-    from ..inference.latents import LatentStatistics
+    from ..inference import decode
 
-    statistics = LatentStatistics()
-    with torch.no_grad():
-        for x in inputs(track(open_data(run, arguments).loader, "encoding"), run.device):
-            statistics.update(*run.model.encode(x))
-    return [float(kl) for kl in statistics.kl]
-
-
-def positive(value: str) -> int:
-    """An option's number of at least 1."""
-    return _integer(value, 1)
-
-
-def index(value: str) -> int:
-    """An option's place in data or latents."""
-    return _integer(value, 0)
-
-
-def seed(value: str) -> int:
-    """An option's seed."""
-    return _integer(value, 0)
-
-
-def _integer(value: str, least: int) -> int:
-    try:
-        number = int(value)
-    except ValueError:
-        number = least - 1
-    if not least <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"got {value!r}, expected an integer of at least {least}")
-    return number
+    batches = track(z.flatten(0, 1).split(batch_size), "decoding")
+    return torch.cat(list(decode(run.model, batches))).reshape(*z.shape[:2], *run.item_shape)

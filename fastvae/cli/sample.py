@@ -7,8 +7,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
+from .arguments import add_run_command, add_run_options, positive
 from .output import add_output_options, load_latents, output_path, save_batches, save_picture
-from .runs import Run, add_command, add_run_options, open_data, open_run, positive, track
+from .runs import Run, open_data, open_run, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ WIDE = 8 * 84  # pixels of the tiles of a row
 
 def add(commands: Any) -> None:
     """Add `sample` to argparse's subcommands."""
-    parser = add_command(
+    parser = add_run_command(
         commands,
         "sample",
         run,

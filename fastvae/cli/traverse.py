@@ -7,19 +7,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
+from .arguments import add_run_command, add_run_options, index, positive
 from .output import add_output_options, output_path, save_array, save_moving, save_picture
-from .runs import (
-    Run,
-    add_command,
-    add_run_options,
-    index,
-    kl_of_latents,
-    latents_of,
-    open_data,
-    open_run,
-    positive,
-    track,
-)
+from .runs import Run, decoded, latents_of, open_data, open_run, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +23,7 @@ FRAME_COLUMNS = 5
 
 def add(commands: Any) -> None:
     """Add `traverse` to argparse's subcommands."""
-    parser = add_command(
+    parser = add_run_command(
         commands,
         "traverse",
         run,
@@ -76,21 +66,65 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Vary, decode and write."""
+    import torch
+
+    from ..inference import plots, quantile_grid, traversal
+    from ..inference.paths import there_and_back
+
     if not 0 < arguments.range < math.inf:
         raise ConfigError("range", f"got {arguments.range:g}, expected a number above 0")
-
     opened = open_run(arguments)
     path, kind = output_path(opened, arguments, "grid" if arguments.grid else "traverse")
     if arguments.grid and kind == "gif":
         raise ConfigError("grid", "got it with GIF, expected png or npy")
-    kl = kl_of_latents(opened, arguments)
+    kl = _kl(opened, arguments)
     latents = _latents(opened, arguments, kl)
     center, around = _center(opened, arguments)
+    steps = arguments.steps or (GRID_STEPS if arguments.grid else STEPS[kind])
+    places = torch.arange(1 - steps, steps, 2, dtype=torch.float64) / max(1, steps - 1)  # from -1 to 1, by 0
+    offsets = (arguments.range * places).float()
     if arguments.grid:
-        shown = _grid(opened, arguments, path, kind, center, latents)
+        first, second = latents
+        z = quantile_grid(center, (first, second), steps)
+        what = (
+            f"latent {first} from left to right, latent {second} upwards, over {steps} quantiles of the prior"
+        )
     else:
-        shown = _traverse(opened, arguments, path, kind, center, latents, kl)
-    print(f"{path}: {shown}, around {around}")
+        z = traversal(center, latents, offsets)
+        what = f"{len(latents)} latents from {-arguments.range:g} to {arguments.range:g}"
+    x = decoded(opened, z, arguments.batch_size)
+    names = [f"z{latent}" if kl is None else f"z{latent} {kl[latent]:.2f} nats" for latent in latents]
+    if kind == "npy":
+        save_array(path, x)
+    elif arguments.grid:
+        save_picture(path, plots.table(x, gap=0, tile=GRID_TILE))
+    elif kind == "gif":
+        columns = min(FRAME_COLUMNS, len(latents))
+        frames = [plots.grid(x[:, i], columns=columns, captions=names) for i in range(steps)]
+        save_moving(path, there_and_back(frames))
+    else:
+        shown = [f"{offset:+.3g}" if offset else "0" for offset in offsets]
+        save_picture(path, plots.table(x, rows=names, columns=shown))
+    print(f"{path}: {what}, around {around}")
+
+
+def _kl(opened: Run, arguments: argparse.Namespace) -> list[float] | None:
+    """The KL of each latent in nats, [Z]: of summary.json, else of the data; None where there are neither."""
+    found = opened.summary.get("kl_by_latent")
+    if found is not None:
+        return list(found)
+    if arguments.data is None and opened.config.data is None:
+        return None
+    import torch
+
+    from ..inference.evaluate import inputs
+    from ..inference.latents import LatentStatistics
+
+    statistics = LatentStatistics()
+    with torch.no_grad():
+        for x in inputs(track(open_data(opened, arguments).loader, "encoding"), opened.device):
+            statistics.update(*opened.model.encode(x))
+    return [float(kl) for kl in statistics.kl]
 
 
 def _latents(opened: Run, arguments: argparse.Namespace, kl: list[float] | None) -> list[int]:
@@ -121,70 +155,3 @@ def _center(opened: Run, arguments: argparse.Namespace) -> tuple[Tensor, str]:
     data = open_data(opened, arguments)
     (z,) = encode(opened.model, data.batches([arguments.index]))
     return z[0], f"datum {arguments.index} of {data.name}"
-
-
-def _decoded(opened: Run, arguments: argparse.Namespace, z: Tensor) -> Tensor:
-    """The means of p(x|z) for z [R, S, *latent]: [R, S, *item]."""
-    import torch
-
-    from ..inference import decode
-
-    batches = track(z.flatten(0, 1).split(arguments.batch_size), "decoding")
-    return torch.cat(list(decode(opened.model, batches))).reshape(*z.shape[:2], *opened.item_shape)
-
-
-def _grid(
-    opened: Run,
-    arguments: argparse.Namespace,
-    path: Any,
-    kind: str,
-    center: Tensor,
-    latents: list[int],
-) -> str:
-    from ..inference import plots, quantile_grid
-
-    steps = arguments.steps or GRID_STEPS
-    first, second = latents
-    x = _decoded(opened, arguments, quantile_grid(center, (first, second), steps))
-    if kind == "npy":
-        save_array(path, x)
-    else:
-        save_picture(path, plots.table(x, gap=0, tile=GRID_TILE))
-    return f"latent {first} from left to right, latent {second} upwards, over {steps} quantiles of the prior"
-
-
-def _traverse(
-    opened: Run,
-    arguments: argparse.Namespace,
-    path: Any,
-    kind: str,
-    center: Tensor,
-    latents: list[int],
-    kl: list[float] | None,
-) -> str:
-    import torch
-
-    from ..inference import plots, traversal
-    from ..inference.paths import there_and_back
-
-    steps = arguments.steps or STEPS[kind]
-    places = torch.arange(1 - steps, steps, 2, dtype=torch.float64) / max(1, steps - 1)  # from -1 to 1, by 0
-    offsets = (arguments.range * places).float()
-    x = _decoded(opened, arguments, traversal(center, latents, offsets))
-    names = [f"z{latent}" for latent in latents]
-    uses = [""] * len(latents) if kl is None else [f"{kl[latent]:.2f} nats" for latent in latents]
-    captions = [" ".join(filter(None, parts)) for parts in zip(names, uses, strict=True)]
-    if kind == "npy":
-        save_array(path, x)
-    elif kind == "gif":
-        width = min(FRAME_COLUMNS, len(latents))
-        frames = [plots.grid(x[:, i], columns=width, captions=captions) for i in range(steps)]
-        save_moving(path, [frames[i] for i in there_and_back(steps)])
-    else:
-        save_picture(
-            path,
-            plots.table(
-                x, rows=captions, columns=[f"{offset:+.3g}" if offset else "0" for offset in offsets]
-            ),
-        )
-    return f"{len(latents)} latents from {-arguments.range:g} to {arguments.range:g}"

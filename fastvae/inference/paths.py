@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def traversal(center: Tensor, latents: Sequence[int], offsets: Tensor) -> Tensor:
@@ -59,6 +62,6 @@ def interpolation(start: Tensor, end: Tensor, steps: int, *, spherical: bool = F
     return z.float().reshape(steps, *start.shape)
 
 
-def there_and_back(n: int) -> list[int]:
-    """The order in which n frames run to the last and back, as a loop."""
-    return [*range(n), *range(n - 2, 0, -1)]
+def there_and_back(frames: Sequence[T]) -> list[T]:
+    """Frames that run to the last and back, as a loop."""
+    return [*frames, *frames[-2:0:-1]]

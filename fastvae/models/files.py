@@ -57,8 +57,6 @@ def load(run: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module
     writes, and where the model must be given.
     """
     folder = Path(run)
-    if not folder.is_dir():
-        raise ModelFilesError(f"{folder}: no such folder, expected a run of fastvae train")
     loaded = read(folder / CONFIG_NAME, folder / WEIGHTS_NAME, model)
     if isinstance(loaded, VAE):
         loaded._run = folder
@@ -67,6 +65,8 @@ def load(run: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module
 
 def read_config(path: Path) -> dict[str, Any]:
     """What config.json says of a model. Raises ModelFilesError."""
+    if not path.parent.is_dir():
+        raise ModelFilesError(f"{path.parent}: no such folder, expected a run of fastvae train")
     if not path.is_file():
         raise ModelFilesError(f"{path}: no such file, expected a folder that a finished run has left")
     try:
