@@ -4,69 +4,47 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import digits
 import numpy as np
 import pytest
 import torch
+from digits import validation
 from scipy.stats import norm
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fastvae import VAE, DataLoader, load
-from fastvae.cli import main
-from fastvae.data import split
+from fastvae.data import Transform, split
 from fastvae.inference.importance import EvaluationError, log_likelihood
-from fastvae.inference.judge import binarized, dequantized, judge
+from fastvae.inference.judge import dequantized, judge
 from fastvae.models.files import WEIGHTS_NAME, save_weights
 from fastvae.training.run_folder import prepare_run_folder
 
 SEED = 3
-TRAIN = f"train --data digits --epochs 1 --hidden 16 --latent-dim 3 --seed {SEED}".split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+OPTIONS = f"--epochs 1 --hidden 16 --latent-dim 3 --seed {SEED} --no-report"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def runs(train: Callable[..., Path]) -> Callable[[str], Path]:
     """A run with a likelihood, trained once."""
-    folder = tmp_path_factory.mktemp("runs")
 
+    @cache
     def run(likelihood: str) -> Path:
-        if not (folder / likelihood).exists():
-            beta = "4" if likelihood == "mse" else "1"
-            options = ["--likelihood", likelihood, "--beta", beta, "--out", str(folder / likelihood)]
-            assert main([*TRAIN, *options]) == 0
-        return folder / likelihood
+        beta = 4 if likelihood == "mse" else 1
+        return train(f"{OPTIONS} --likelihood {likelihood} --beta {beta}")
 
     return run
 
 
 @pytest.fixture
-def evaluate(runs: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def evaluate(likelihood: str, *options: object, status: int = 0) -> str:
-        folder = str(runs(likelihood))
-        capsys.readouterr()
-        assert main(["evaluate", folder, *map(str, options)]) == status
-        printed = capsys.readouterr()
-        assert printed.err.count("\n") == (status != 0)
-        return printed.err or printed.out
-
-    return evaluate
-
-
-def digits() -> Tensor:
-    """What the runs have validated on."""
-    images = (load_digits().images / 16).astype(np.float32)
-    return torch.from_numpy(images[split(len(images), 0.1, SEED)[1], None])
+def evaluate(runs: Callable[[str], Path], typed: Callable[..., str]) -> Callable[..., str]:
+    """Runs the command on the run with a likelihood; what it printed."""
+    return lambda likelihood, *options, status=0: typed("evaluate", runs(likelihood), *options, status=status)
 
 
 def assert_close(figures: dict[str, Any], expected: dict[str, Any], precision: float) -> None:
@@ -79,12 +57,12 @@ def assert_close(figures: dict[str, Any], expected: dict[str, Any], precision: f
 
 
 def test_prints_and_keeps_the_figures_of_the_library(
-    evaluate: Callable[..., str], runs: Callable[..., Path]
+    evaluate: Callable[..., str], runs: Callable[[str], Path]
 ) -> None:
     printed = json.loads(evaluate("gaussian", "--json", "--importance-samples", 30))
     assert printed == json.loads((runs("gaussian") / "evaluation.json").read_text())
     assert (printed["data"], printed["seed"], printed["beta_of_training"]) == ("digits (validation)", SEED, 1)
-    model, x = load(runs("gaussian")), digits()
+    model, x = load(runs("gaussian")), validation(SEED)
     expected = judge(model, DataLoader(x, 100), n_samples=30, seed=SEED).figures()
     assert_close({name: printed[name] for name in expected}, expected, 1e-4)
     bounds = log_likelihood(model, [x], n_samples=30, seed=SEED)
@@ -103,7 +81,7 @@ def test_prints_and_keeps_the_figures_of_the_library(
     assert printed["squared_error"] == pytest.approx(64 * error, rel=1e-5)
 
 
-def test_table_shows_what_was_computed(evaluate: Callable[..., str], runs: Callable[..., Path]) -> None:
+def test_table_shows_what_was_computed(evaluate: Callable[..., str], runs: Callable[[str], Path]) -> None:
     table = evaluate("gaussian", "--importance-samples", 30)
     figures = json.loads((runs("gaussian") / "evaluation.json").read_text())
     values = {line.split("  ")[0]: line.split() for line in table.splitlines()}
@@ -127,11 +105,11 @@ def test_nothing_depends_on_the_batch_size(evaluate: Callable[..., str]) -> None
 
 
 def test_mse_is_a_density_of_variance_one_half(
-    evaluate: Callable[..., str], runs: Callable[..., Path]
+    evaluate: Callable[..., str], runs: Callable[[str], Path]
 ) -> None:
     """Constant included; and a beta of the training is named."""
     figures = json.loads(evaluate("mse", "--json", "--importance-samples", 10))
-    vae, x = load(runs("mse")), digits()
+    vae, x = load(runs("mse")), validation(SEED)
     gaussian = VAE(vae.encoder, vae.decoder, likelihood="gaussian", log_variance=math.log(0.5))
     expected = log_likelihood(gaussian, [x], n_samples=10, seed=SEED)
     assert figures["log_likelihood"] == pytest.approx(expected.estimate, rel=1e-6)
@@ -143,12 +121,32 @@ def test_mse_is_a_density_of_variance_one_half(
     assert figures["bits_per_dimension"] is None
 
 
-def test_bernoulli_asks_for_binary_data(evaluate: Callable[..., str]) -> None:
+def test_bernoulli_asks_for_binary_data(
+    evaluate: Callable[..., str], runs: Callable[[str], Path], tmp_path: Path
+) -> None:
     said = evaluate("bernoulli", status=2)
     assert "--data: got 0." in said
     assert "expected binary data, or --binarize" in said
-    figures = json.loads(evaluate("bernoulli", "--binarize", "--json", "--importance-samples", 5))
+    with pytest.raises(EvaluationError, match=r"transform=Transform\(binarize=True, fixed=True\)"):
+        judge(load(runs("bernoulli")), [validation(SEED)])
+    np.save(tmp_path / "counts.npy", np.full((3, 8, 8), 1.5))
+    said = evaluate("bernoulli", "--binarize", "--data", tmp_path / "counts.npy", status=2)
+    assert "--binarize: got counts with values from 1.5 to 1.5, expected probabilities, in [0, 1]" in said
+
+
+def test_values_are_drawn_as_the_loader_draws_them(
+    evaluate: Callable[..., str], runs: Callable[[str], Path]
+) -> None:
+    """In the same way each time, and in another with another seed."""
+    options = ["--binarize", "--json", "--importance-samples", 5]
+    figures, other = (json.loads(evaluate("bernoulli", *options, *seed)) for seed in ([], ["--seed", 8]))
     assert figures["binarized"]
+    rows = split(1797, 0.1, SEED)[1]
+    drawn = Transform(binarize=True, fixed=True)
+    loader = DataLoader(digits.images(), 50, seed=SEED, indices=rows, transform=drawn)
+    expected = judge(load(runs("bernoulli")), loader, n_samples=5, seed=SEED).figures()
+    assert_close({name: figures[name] for name in expected}, expected, 1e-4)
+    assert figures["squared_error"] != other["squared_error"]  # which has to do with no other draws
     bits = -figures["log_likelihood"] / 64 / math.log(2)
     assert figures["bits_per_dimension"] == pytest.approx(bits)
 
@@ -209,16 +207,6 @@ def test_noise_of_the_data_depends_on_their_place() -> None:
     assert -1e-3 < u.min() < 0.01  # of rounding
     assert 0.99 < u.max() < 1 + 1e-3
     assert abs(u.mean() - 0.5) < 6 / math.sqrt(12 * len(u))
-    p = torch.rand(400, 3, 5)
-    drawn = binarized(p, seed=1)
-    assert torch.equal(binarized(p[9:], seed=1, first_row=9), drawn[9:])
-    assert set(drawn.unique().tolist()) == {0.0, 1.0}
-    residual = (drawn - p).double().flatten()
-    assert abs(residual.mean()) < 6 * 0.5 / math.sqrt(len(residual))
-    assert abs((residual * p.flatten()).mean()) < 6 * 0.5 / math.sqrt(len(residual))
-    assert torch.equal(binarized((p < 0.5).float(), seed=1), (p < 0.5).float())
-    with pytest.raises(EvaluationError, match="binarize: got values from 0 to 2, expected probabilities"):
-        binarized(torch.tensor([[0.0, 2.0]]), seed=1)
     with pytest.raises(EvaluationError, match="levels: got 2 with likelihood bernoulli"):
         judge(VAE.mlp((2,), likelihood="bernoulli"), [torch.zeros(1, 2)], levels=2)
 
@@ -231,7 +219,7 @@ def test_one_draw_has_no_error(evaluate: Callable[..., str]) -> None:
 
 
 def test_broken_weights_are_named_and_change_nothing(
-    evaluate: Callable[..., str], runs: Callable[..., Path]
+    evaluate: Callable[..., str], runs: Callable[[str], Path]
 ) -> None:
     evaluate("gaussian", "--importance-samples", 2)
     folder = runs("gaussian")
@@ -266,17 +254,16 @@ class Own(nn.Module):
 """
 
 
-def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_model_of_the_users_own(
+    train: Callable[..., Path], typed: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("own_judged.py").write_text(OWN)
-    options = "--data digits --epochs 1 --model own_judged:Own --out run"
-    assert main(["train", *options.split()]) == 0
-    capsys.readouterr()
+    run = train("--epochs 1 --model own_judged:Own --no-report")
     options = "--model own_judged:Own --json --importance-samples 3"
-    assert main(["evaluate", "run", *options.split()]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    figures = json.loads(typed("evaluate", run, *options.split()))
     assert len(figures["kl_by_latent"]) == 4
     assert figures["variance"] is None
-    prepare_run_folder(tmp_path / "run")  # as another training does, whose evaluation this is not
-    assert not Path("run/evaluation.json").exists()
+    prepare_run_folder(run)  # as another training does, whose evaluation this is not
+    assert not (run / "evaluation.json").exists()

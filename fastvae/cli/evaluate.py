@@ -67,7 +67,6 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate as the command line says."""
     opened = open_run(arguments)
-    data = open_data(opened, arguments)
 
     from ..inference.importance import EvaluationError
     from ..inference.judge import judge
@@ -75,12 +74,13 @@ def run(arguments: argparse.Namespace) -> None:
     from ..models.model import likelihood_of
     from ..training.run_folder import EVALUATION_NAME
 
+    likelihood, levels, binarize = likelihood_of(opened.model), arguments.dequantize, arguments.binarize
+    if levels is not None and (likelihood == "bernoulli" or binarize):
+        got = "given with --binarize" if binarize else "got it for a bernoulli likelihood"
+        raise ConfigError("dequantize", f"{got}, expected a likelihood with a density, and no --binarize")
+    data = open_data(opened, arguments, binarize=binarize)
     path = opened.folder / EVALUATION_NAME
     check_out(path)
-    likelihood, levels = likelihood_of(opened.model), arguments.dequantize
-    if levels is not None and (likelihood == "bernoulli" or arguments.binarize):
-        got = "given with --binarize" if arguments.binarize else "got it for a bernoulli likelihood"
-        raise ConfigError("dequantize", f"{got}, expected a likelihood with a density, and no --binarize")
     try:
         judgement = judge(
             opened.model,
@@ -89,7 +89,6 @@ def run(arguments: argparse.Namespace) -> None:
             seed=opened.seed,
             logvar_clamp=opened.config.logvar_clamp,
             levels=levels,
-            binarize=arguments.binarize,
             n_mixture=arguments.mixture,
         )
     except EvaluationError as error:
@@ -99,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         "data": data.name,
         "seed": opened.seed,
         "beta_of_training": opened.config.beta,
-        "binarized": arguments.binarize,
+        "binarized": binarize,
         **judgement.figures(),
     }
     figures["notes"] = _notes(figures, opened)
@@ -115,10 +114,9 @@ def _of_the_command_line(error: EvaluationError) -> Exception:
     """The error, named for the option that it is about."""
     option, _, problem = str(error).partition(": ")
     if option == "data":
-        return ConfigError("data", problem.replace("or binarize,", "or --binarize,"))
-    if option in ("binarize", "levels"):
-        return ConfigError(option.replace("levels", "dequantize"), problem)
-    return error
+        drawn = "binary data, or --binarize, to draw each value as 1 with the probability that it says"
+        return ConfigError("data", f"{problem.partition('; expected ')[0]}; expected {drawn}")
+    return ConfigError("dequantize", problem) if option == "levels" else error
 
 
 def _notes(figures: dict[str, Any], opened: Run) -> list[str]:

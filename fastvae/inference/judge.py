@@ -27,7 +27,7 @@ class Judgement:
     likelihood: p(x|z), "mse" being N(x_hat, I / 2). variance: of a gaussian one, where it is one number.
     log_likelihood: L_K and the ELBO with their errors. latents: KL and activity of each. aggregate: of q(z).
     squared_error: |x - E[x|z]|^2 at the posterior mean z, averaged over the data.
-    levels: s of data made x = (k + u) / s; None where no noise was added. is_binary: all of x is 0 or 1.
+    levels: s of data made x = (k + u) / s; None where no noise was added.
     """
 
     likelihood: str
@@ -37,7 +37,6 @@ class Judgement:
     aggregate: Aggregate
     squared_error: float
     levels: int | None
-    is_binary: bool
 
     @property
     def bits_per_dimension(self) -> float | None:
@@ -103,40 +102,32 @@ def judge(
     seed: int = 0,
     logvar_clamp: tuple[float, float] | None = None,
     levels: int | None = None,
-    binarize: bool = False,
     n_mixture: int | None = None,
 ) -> Judgement:
     """Evaluate `model` on all data, in eval mode and in the precision of the data.
 
     model: one with `encode` and `decode`, as VAE.
-    batches: x [B, *item] or (x, y) each. All noise of a datum depends on `seed` and on the datum's place
-        among the data, not on the batch size.
+    batches: x [B, *item] or (x, y) each; binary under "bernoulli", as by a DataLoader with
+        transform=Transform(binarize=True, fixed=True). All noise of a datum depends on `seed` and on the
+        datum's place among the data, not on the batch size.
     n_samples: K of the importance-weighted bound.
     logvar_clamp: bounds of the posterior's log variance, as in training.
     levels: s of data x = k / s with integers k, such as 255 for pixels: evaluate x + u / s instead, u uniform
         on [0, 1), which makes bits per dimension of a density (Theis et al. 2016, section 3.1).
-    binarize: evaluate data that are 1 with probability x, else 0 (Salakhutdinov and Murray 2008).
     n_mixture: how many of the data make the mixture that estimates q(z); see `AggregatePosterior`.
 
     Raises ValueError for no data, ModelError for a model without encode and decode, EvaluationError where the
     data do not go with the likelihood or with `levels`, or the model's numbers are not finite.
     """
     likelihood = likelihood_of(as_model(model))
-    if levels is not None and (levels < 1 or binarize or likelihood == "bernoulli"):
-        expected = "at least 1, for a density and without binarize"
+    if levels is not None and (levels < 1 or likelihood == "bernoulli"):
+        expected = "at least 1, for a likelihood with a density"
         raise EvaluationError(f"levels: got {levels} with likelihood {likelihood}, expected {expected}")
-    is_binary = True
 
     def prepare(x: Tensor, first_row: int) -> Tensor:
-        nonlocal is_binary
-        if levels is not None:
-            x = dequantized(x, levels, seed, first_row)
-        elif binarize:
-            x = binarized(x, seed, first_row)
-        is_binary = is_binary and bool(((x == 0) | (x == 1)).all())
-        if likelihood == "bernoulli" and not is_binary:
-            raise _not_binary(x, first_row)
-        return x
+        if likelihood == "bernoulli":
+            _check_binary(x, first_row)
+        return x if levels is None else dequantized(x, levels, seed, first_row)
 
     sampler = ImportanceSampler(model, n_samples, seed)
     latents, aggregate = LatentStatistics(), AggregatePosterior(n_mixture, seed)
@@ -157,7 +148,6 @@ def judge(
         aggregate.result(),
         squares.item() / len(bounds.log_px),
         levels,
-        is_binary,
     )
 
 
@@ -175,36 +165,22 @@ def dequantized(x: Tensor, levels: int, seed: int, first_row: int = 0) -> Tensor
         raise EvaluationError(
             f"levels: got {got:g} in datum {first_row + place}, expected an integer / {levels}"
         )
-    return (near + _uniform(x, seed, first_row)) / levels
-
-
-def binarized(x: Tensor, seed: int, first_row: int = 0) -> Tensor:
-    """1 with probability x and else 0, for x [B, *item] in [0, 1], drawn by seed and place.
-
-    Raises EvaluationError for other x.
-    """
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        got = f"got values from {x.min():g} to {x.max():g}"
-        raise EvaluationError(f"binarize: {got}, expected probabilities, in [0, 1]")
-    return (_uniform(x, seed, first_row) < x).to(x.dtype)
-
-
-def _uniform(x: Tensor, seed: int, first_row: int) -> Tensor:
-    """Numbers in [0, 1) like x, which depend on the seed and on a datum's place."""
     zeros = torch.zeros_like(x)
     normal = reparameterize(zeros, zeros, seed=seed, offset=_STREAM, first_row=first_row)
     uniform: Tensor = torch.special.ndtr(normal)
-    return uniform.clamp(max=1 - torch.finfo(x.dtype).eps)  # of which rounding would make a 1
+    uniform = uniform.clamp(max=1 - torch.finfo(x.dtype).eps)  # of which rounding would make a 1
+    return (near + uniform) / levels
 
 
-def _not_binary(x: Tensor, first_row: int) -> EvaluationError:
+def _check_binary(x: Tensor, first_row: int) -> None:
     other = (x != 0) & (x != 1)
-    place = int(other.flatten(1).any(1).nonzero()[0])
-    got = f"got {x[other][0].item():g} in datum {first_row + place} under the bernoulli likelihood"
-    return EvaluationError(
-        f"data: {got}, which gives probabilities to 0 and 1 alone; expected binary data, or binarize, to "
-        "draw each value as 1 with the probability that it says"
-    )
+    if other.any():
+        place = int(other.flatten(1).any(1).nonzero()[0])
+        got = f"got {x[other][0].item():g} in datum {first_row + place} under the bernoulli likelihood"
+        raise EvaluationError(
+            f"data: {got}, which gives probabilities to 0 and 1 alone; expected binary data, as of a "
+            "DataLoader with transform=Transform(binarize=True, fixed=True)"
+        )
 
 
 def _number(value: float) -> float | None:
