@@ -22,7 +22,7 @@ from fastvae.cli import main
 from fastvae.data.datasets import REMOTES
 from fastvae.inference import decode, fit_mixture, interpolation, prior_quantiles, quantile_grid, traversal
 from fastvae.inference.plots import CAPTION, GAP, ROW_GAP, ROW_LABEL
-from fastvae.inference.projection import tsne
+from fastvae.inference.projection import principal_plane, strips, tsne
 from fastvae.inference.scatter import picture, scatter
 
 SEED, LATENTS = 5, 4
@@ -425,6 +425,45 @@ def test_without_labels_and_with_many(seed: int) -> None:
     assert scatter(points).legends == []
     many = scatter(points, np.arange(500) % 50)
     assert len(many.axes) == 2  # the second is the scale of colours
+
+
+@pytest.mark.parametrize("labels", [None, np.array([7, 3, 3, 12, 3])])
+def test_one_latent_is_drawn_in_a_strip_for_each_class(labels: np.ndarray | None) -> None:
+    values = torch.tensor([[0.5], [-1.0], [2.0], [0.25], [1.0]])
+    points = strips(values, labels)
+    assert torch.equal(points[:, 0], values[:, 0])
+    strip = torch.zeros(5) if labels is None else torch.tensor([1, 0, 0, 2, 0])
+    assert ((points[:, 1] + strip).abs() < 0.45).all()
+    assert len(points[:, 1].unique()) == 5
+    figure = scatter(values, labels, axes=("latent 0",), prior=True)
+    pixels = picture(figure).numpy()
+    for place in points.tolist():
+        assert shown_at(pixels, figure, place).min() < 0.7
+    (ax,) = figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel(), len(ax.get_yticks())) == ("latent 0", "", 0)
+
+
+def test_a_run_with_one_latent(train: Callable[..., Path], typed: Callable[..., str], tmp_path: Path) -> None:
+    run = train("--epochs 2 --hidden 8 --latent-dim 1 --weights-epochs 1")
+    assert typed("latents", run).endswith("the posterior means of digits (validation), latent 0\n")
+    typed("latents", run, "--animate", "--out", tmp_path / "moving.npy")
+    typed("latents", run, "--animate", "--out", tmp_path / "moving.gif")
+    assert np.load(tmp_path / "moving.npy").shape == (3, 180, 1)
+    assert "has one latent" in typed("latents", run, "--tsne", status=2)
+    assert "expected 0 to 0" in typed("latents", run, "--dims", 0, 1, status=2)
+
+
+def test_principal_components_of_many_latents(seed: int) -> None:
+    scales = torch.cat((torch.tensor([4.0, 2.5]), torch.linspace(1.0, 0.5, 38))).double()
+    z = 5 + scales * torch.randn(300, 40, dtype=torch.float64)
+    state = torch.random.get_rng_state()
+    projection = principal_plane(z.reshape(300, 4, 10))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    _, spread, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
+    cosines = (projection.directions * directions[:2]).sum(1).abs()
+    torch.testing.assert_close(cosines, torch.ones(2).double(), rtol=0, atol=1e-4)
+    for axis, share in zip(projection.axes, spread[:2].square() / spread.square().sum(), strict=True):
+        assert abs(float(axis.split("(")[1].split("%")[0]) - 100 * share) < 0.51
 
 
 @pytest.mark.parametrize("options", [[], ["--dims", 3, 1]])

@@ -28,8 +28,8 @@ def add(commands: Any) -> None:
         "latents",
         run,
         "show where data lie in the latent space",
-        "Show the posterior means of data as points, coloured by label: two latents as they are, more by "
-        "their principal components.",
+        "Show the posterior means of data as points, coloured by label: one latent or two as they are, more "
+        "by their principal components.",
     )
     group = parser.add_argument_group("which")
     group.add_argument(
@@ -70,6 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.format = "gif"
 
     opened = open_run(arguments)
+    if arguments.tsne and math.prod(opened.latent_shape) == 1:
+        raise ConfigError("tsne", f"{opened.folder} has one latent, which is shown as it is without")
     path, kind = output_path(opened, arguments, "latents")
     if kind == "gif" and not arguments.animate:
         raise ConfigError("format", "got gif, expected it with --animate only")
@@ -89,11 +91,12 @@ def _draw(opened: Run, arguments: argparse.Namespace, path: Any, kind: str, data
     from ..inference.scatter import picture, scatter
 
     z = _means(opened, data, "encoding")
-    projection = None if arguments.tsne else _projection(opened, arguments, z)
-    if projection is None:
-        points, axes = tsne(z, seed=opened.seed), ("t-SNE, dimension 1", "t-SNE, dimension 2")
+    axes: tuple[str, ...] = ("t-SNE, dimension 1", "t-SNE, dimension 2")
+    if arguments.tsne:
+        is_plain, points = False, tsne(z, seed=opened.seed)
     else:
-        points, axes = projection(z), projection.axes
+        projection = _projection(opened, arguments, z)
+        is_plain, points, axes = projection.is_plain, projection(z), projection.axes
     if kind == "npy":
         save_array(path, points)
     else:
@@ -103,8 +106,8 @@ def _draw(opened: Run, arguments: argparse.Namespace, path: Any, kind: str, data
             classes=data.classes,
             axes=axes,
             title=f"posterior means of {data.name}",
-            prior=projection is not None and projection.is_plain,
-            ticks=projection is not None,
+            prior=is_plain,
+            ticks=not arguments.tsne,
         )
         save_picture(path, picture(figure))
     return " and ".join(axes)
@@ -152,15 +155,12 @@ def _animate(opened: Run, arguments: argparse.Namespace, path: Any, kind: str, d
 
 
 def _projection(opened: Run, arguments: argparse.Namespace, z: Tensor) -> Projection:
-    from ..inference.projection import latent_plane, principal_plane
+    from ..inference.projection import latent_plane, projection_of
 
-    n = math.prod(opened.latent_shape)
-    if n < 2:
-        raise ConfigError("dims", f"{opened.folder} has one latent, expected a run with two or more")
-    if arguments.dims is not None:
-        first, second = latents_of(arguments.dims, opened, "dims")
-        return latent_plane(n, (first, second))
-    return latent_plane(n) if n == 2 else principal_plane(z)
+    if arguments.dims is None:
+        return projection_of(z)
+    dims = latents_of(arguments.dims, opened, "dims")
+    return latent_plane(math.prod(opened.latent_shape), tuple(dims))
 
 
 def _means(opened: Run, data: RunData, what: str) -> Tensor:

@@ -4,50 +4,76 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 TSNE_PERPLEXITY = 30.0
+_SEARCHED = 16  # directions of a search for the first two
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map of z to the plane: `projection(z)`.
+    """A linear map of z to the plane, or of one latent to a line: `projection(z)`.
 
-    mean: [Z], which becomes the origin. directions: [2, Z], orthonormal. axes: what the two axes are.
-    is_plain: whether the axes are two latents themselves, so that lengths are those of z.
+    mean: [Z], which becomes the origin. directions: [2, Z] or [1, Z], orthonormal. axes: what they are.
+    is_plain: whether the axes are latents themselves, so that lengths are those of z.
     """
 
     mean: Tensor
     directions: Tensor
-    axes: tuple[str, str]
+    axes: tuple[str, ...]
     is_plain: bool
 
     def __call__(self, z: Tensor) -> Tensor:
-        """z [N, *latent] -> points, float32 [N, 2]."""
+        """z [N, *latent] -> points, float32 [N, 2] or [N, 1]."""
         return ((z.flatten(1).double() - self.mean) @ self.directions.T).float()
 
 
-def latent_plane(n_latents: int, latents: tuple[int, int] = (0, 1)) -> Projection:
-    """Two latents of a z of `n_latents`, as they are."""
-    directions = torch.zeros(2, n_latents, dtype=torch.float64)
-    directions[0, latents[0]] = directions[1, latents[1]] = 1
-    first, second = (f"latent {latent}" for latent in latents)
-    return Projection(torch.zeros(n_latents, dtype=torch.float64), directions, (first, second), True)
+def projection_of(z: Tensor) -> Projection:
+    """That which shows z [N, *latent] best: one or two latents as they are, more by principal components."""
+    n = z.flatten(1).shape[1]
+    return latent_plane(n, tuple(range(n))) if n <= 2 else principal_plane(z)
+
+
+def latent_plane(n_latents: int, latents: tuple[int, ...]) -> Projection:
+    """One or two latents of a z of `n_latents`, as they are."""
+    directions = torch.eye(n_latents, dtype=torch.float64)[list(latents)]
+    axes = tuple(f"latent {latent}" for latent in latents)
+    return Projection(torch.zeros(n_latents, dtype=torch.float64), directions, axes, True)
 
 
 def principal_plane(z: Tensor) -> Projection:
-    """The two directions in which z [N, *latent] varies most, by principal component analysis."""
-    from sklearn.decomposition import PCA
+    """The two directions in which z [N, *latent] varies most, by principal component analysis.
 
-    fitted = PCA(2, svd_solver="full").fit(z.flatten(1).double().numpy())
-    shares = [float(share) for share in fitted.explained_variance_ratio_]
-    first, second = (
+    The randomized one of Halko, Martinsson and Tropp 2011, with the same start each time: z may have
+    thousands of latents.
+    """
+    flat = z.flatten(1).double()
+    mean = flat.mean(0)
+    centred = flat - mean
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        q = min(_SEARCHED, *centred.shape)
+        _, spread, directions = torch.pca_lowrank(centred, q=q, center=False, niter=4)
+    total = centred.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+    shares = (spread[:2].square() / total).tolist()
+    axes = tuple(
         f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)
     )
-    return Projection(
-        torch.from_numpy(fitted.mean_), torch.from_numpy(fitted.components_), (first, second), False
-    )
+    return Projection(mean, directions[:, :2].T, axes, False)
+
+
+def strips(values: Tensor, labels: npt.NDArray[np.int64] | None) -> Tensor:
+    """Values of one latent [N, 1] in the plane, [N, 2]: a strip for each label, from the top down.
+
+    Within a strip of height 1 points are apart only to be seen.
+    """
+    golden = (1 + 5**0.5) / 2
+    height = 0.8 * (torch.arange(len(values), dtype=torch.float64) * golden % 1 - 0.5)
+    strip = 0 if labels is None else torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+    return torch.stack((values[:, 0], (height - strip).to(values.dtype)), 1)
 
 
 def tsne(z: Tensor, *, seed: int = 0) -> Tensor:

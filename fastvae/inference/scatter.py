@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .projection import strips
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -23,17 +25,19 @@ def scatter(
     labels: npt.NDArray[np.int64] | None = None,
     *,
     classes: Sequence[str] | None = None,
-    axes: tuple[str, str] = ("", ""),
+    axes: Sequence[str] = (),
     title: str = "",
-    limits: tuple[tuple[float, float], tuple[float, float]] | None = None,
+    limits: Sequence[tuple[float, float]] | None = None,
     prior: bool = False,
     ticks: bool = True,
 ) -> Figure:
     """A figure of points [N, 2], each class in its colour, drawn in a mixed order, with a legend.
 
-    labels: int64 [N]. classes: the names of the labels 0, 1, ...; the labels themselves without. limits: of
-    the two axes; those of the points without. prior: with circles at one, two and three standard deviations
-    of N(0, I), and one scale for both axes. ticks: whether the numbers of the axes mean something.
+    Points [N, 1] are drawn in a strip for each class.
+
+    labels: int64 [N]. classes: the names of the labels 0, 1, ...; the labels themselves without. axes: their
+    names. limits: of them; those of the points without. prior: with circles at one, two and three standard
+    deviations of N(0, I), and one scale for both axes. ticks: whether the numbers of the axes mean something.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -47,7 +51,8 @@ def scatter(
     FigureCanvasAgg(figure)
     ax = figure.add_subplot()
     order = np.random.default_rng(0).permutation(len(points))  # so that no class covers the others
-    x, y = points.numpy()[order].T
+    in_strips = points.shape[1] == 1
+    x, y = (strips(points, labels) if in_strips else points).numpy()[order].T
     kinds = [] if labels is None else np.unique(labels).tolist()
     colours: Any = ["tab:blue"]
     if labels is not None and len(kinds) <= IN_A_LEGEND:
@@ -64,11 +69,14 @@ def scatter(
         colours = scale.to_rgba(labels[order])
         figure.colorbar(scale, ax=ax, label="label")
     ax.scatter(x, y, s=40_000 / (len(x) + 4000), c=colours, alpha=0.8, linewidths=0)
-    if limits is None:
-        limits = limits_of(points)
+    limits = limits_of(points) if limits is None else limits
     ax.set_xlim(limits[0])
-    ax.set_ylim(limits[1])
-    if prior:
+    if not in_strips:
+        ax.set_ylim(limits[1])
+    if prior and in_strips:
+        for place in (-3, -2, -1, 1, 2, 3):
+            ax.axvline(place, color="0.75", linewidth=0.8, zorder=0)
+    elif prior:
         ax.set_aspect("equal")
         for radius in (1, 2, 3):
             ax.add_patch(Circle((0, 0), radius, fill=False, color="0.75", linewidth=0.8, zorder=0))
@@ -77,21 +85,21 @@ def scatter(
                 text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
     if not ticks:
         ax.set_xticks([])
+    if not ticks or in_strips:
         ax.set_yticks([])
-    ax.set_xlabel(axes[0])
-    ax.set_ylabel(axes[1])
+    for axis, name in zip((ax.xaxis, ax.yaxis), axes, strict=False):
+        axis.set_label_text(name)
     ax.set_title(title, fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def limits_of(points: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Limits of the two axes that show points [N, 2], but for one in a thousand, with a margin."""
+def limits_of(points: Tensor) -> list[tuple[float, float]]:
+    """Limits of the axes that show points [N, 1 or 2], but for one in a thousand, with a margin."""
     quantiles = points.new_tensor([0.0005, 0.9995])
     low, high = torch.quantile(points, quantiles, dim=0)
     margin = 0.05 * (high - low).clamp_min(1e-6)
-    (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
-    return (left, right), (bottom, top)
+    return list(zip((low - margin).tolist(), (high + margin).tolist(), strict=True))
 
 
 def picture(figure: Figure) -> Tensor:

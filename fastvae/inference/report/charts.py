@@ -14,8 +14,11 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..projection import strips
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 COLORS = 8  # of series, --s0 to --s7; a page has to define them, and --ink, --muted and --line
 CLASS_COLORS = (
@@ -116,10 +119,14 @@ def heat(values: npt.NDArray[np.float64], xlabel: str, ylabel: str, unit: str) -
         return _svg(figure)
 
 
-def scatter(
-    points: npt.NDArray[np.float64], labels: npt.NDArray[np.int64] | None, xlabel: str, ylabel: str
-) -> str:
-    """points [N, 2], coloured by label (CLASS_COLORS, round and round), as SVG; the points are an image."""
+def scatter(points: Tensor, labels: npt.NDArray[np.int64] | None, names: Sequence[str]) -> str:
+    """points [N, 2], coloured by label (CLASS_COLORS, round and round), as SVG; the points are an image.
+
+    Those [N, 1] are drawn in a strip for each label. names: of the axes.
+    """
+    in_strips = points.shape[1] == 1
+    x, y = (strips(points, labels) if in_strips else points).numpy().T
+    xlabel, ylabel = (*names, "")[:2]
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(xlabel, ylabel, (4.4, 3.6))
         if labels is None:
@@ -127,7 +134,9 @@ def scatter(
         else:
             colors = np.array(CLASS_COLORS)[labels % len(CLASS_COLORS)]
         size = min(max(8000 / len(points), 5), 20)
-        axes.scatter(points[:, 0], points[:, 1], s=size, c=colors, alpha=0.7, linewidths=0, rasterized=True)
+        axes.scatter(x, y, s=size, c=colors, alpha=0.7, linewidths=0, rasterized=True)
+        if in_strips:
+            axes.set_yticks([])
         return _svg(figure)
 
 

@@ -17,6 +17,7 @@ from ...models import as_model
 from ...models.model import decode_mean, evaluating
 from .. import generate, paths, plots
 from ..evaluate import Batch
+from ..projection import projection_of
 from . import charts
 from .record import Pictures, Traversal
 
@@ -108,19 +109,12 @@ def _scatter(
 ) -> tuple[Markup | None, tuple[tuple[str, str], ...]]:
     """Posterior means [N, Z] in the plane, as SVG, and the labels: the colour and the name of each."""
     finite = means.isfinite().all(1)
-    means, labels = means[finite].double(), None if labels is None else labels[finite]
+    means, labels = means[finite], None if labels is None else labels[finite]
     if len(means) == 0:
         return None, ()
-    names, points = ["z0", "z1"], means
-    if means.shape[1] == 1:
-        spread = torch.linspace(-1, 1, 7).double().repeat(len(means))[: len(means)]
-        points = torch.stack((means[:, 0], spread), 1)
-        names[1] = "apart only to be seen"
-    elif means.shape[1] > 2:
-        points, shares = _principal(means)
-        names = [f"principal component {i} ({share:.0%})" for i, share in enumerate(shares, 1)]
+    projection = projection_of(means)
     y = None if labels is None else labels.numpy()
-    svg = Markup(charts.scatter(points.numpy(), y, *names))
+    svg = Markup(charts.scatter(projection(means), y, projection.axes))
     if y is None:
         return svg, ()
     colors = charts.CLASS_COLORS
@@ -129,19 +123,6 @@ def _scatter(
         (colors[label % len(colors)], classes[label] if classes and 0 <= label < len(classes) else str(label))
         for label in found
     )
-
-
-def _principal(points: Tensor) -> tuple[Tensor, list[float]]:
-    """Points [N, Z] on their two directions of most variance [N, 2], and the share of it that each has.
-
-    As `projection.principal_plane`, in less time than scikit-learn takes to be imported.
-    """
-    centred = points - points.mean(0)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)  # of the directions that the search begins with
-        _, spread, directions = torch.pca_lowrank(centred, q=min(8, *centred.shape), center=False, niter=4)
-    total = max(float(centred.square().sum()), torch.finfo(torch.float64).tiny)
-    return centred @ directions[:, :2], (spread[:2].square() / total).tolist()
 
 
 def _uri(x: Tensor, x_hat: Tensor | None = None, *, columns: int = 8) -> str:
