@@ -25,7 +25,8 @@ class TrainingStopped(RuntimeError):
 class StopSignal:
     """While it lasts, the first signal is kept in `signal` and ends nothing; a second acts as it always did.
 
-    Outside the main thread, which alone may handle signals, it does nothing.
+    A signal that is ignored stays so: a shell starts what it puts into the background without Ctrl-C. Outside
+    the main thread, which alone may handle signals, nothing is done.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._notice) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._notice) for number in heard}
         return self
 
     def __exit__(
