@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from .. import _native
-from .arrays import array_of, is_channels_last
+from .items import ItemLoader, read_item
 from .source import DataError, Source
 from .sources import as_source
 
@@ -118,7 +113,7 @@ class DatasetSource(Source):
         if self._n_samples < 1:
             raise DataError(f"{self.name}: empty, expected at least one item")
         first = next(iter(cast(Any, dataset))) if self.iterable else cast(Any, dataset)[0]
-        x, label = _item(first, 0, self.name)
+        x, label = read_item(first, 0, self.name)
         self._item_shape, self._dtype, self._labelled = x.shape, x.dtype, label is not None
 
     @property
@@ -165,222 +160,7 @@ class DatasetSource(Source):
 
     def loader(self, indices: npt.NDArray[np.int64] | None, **options: Any) -> Any:
         """One that is used as `_native.Loader` is."""
-        return _DatasetLoader(self, indices, **options)
-
-
-class _DatasetLoader:
-    """Batches of a dataset's items in our order, with our shares for ranks, made by torch's DataLoader."""
-
-    def __init__(
-        self,
-        source: DatasetSource,
-        indices: npt.NDArray[np.int64] | None,
-        *,
-        batch_size: int,
-        drop_last: bool,
-        workers: int,
-        dtype: str,
-        transform: object,
-    ) -> None:
-        if transform is not None:
-            raise ValueError(f"transform is given for {source.name}, expected it in the dataset itself")
-        if source.iterable and indices is not None:
-            raise ValueError(f"indices are given for {source.name}, an IterableDataset, expected none")
-        n = source.n_samples
-        if indices is not None and len(indices) and not 0 <= indices.min() <= indices.max() < n:
-            at = int(np.argmax((indices < 0) | (indices >= n)))
-            raise ValueError(
-                f"indices[{at}] is {indices[at]}, expected 0 <= index < {n}, the number of samples"
-            )
-        self.source, self.indices, self.workers, self.dtype = source, indices, workers, dtype
-        self.n = n if indices is None else len(indices)
-        self.batch_size = min(batch_size, max(1, self.n))
-        self.drop_last = drop_last
-        self._pass: _Pass | None = None
-        self.totals = _Totals()
-        self.n_batches = self.n // batch_size + (not drop_last and self.n % batch_size != 0)
-
-    @property
-    def item_shape(self) -> tuple[int, ...]:
-        return self.source.item_shape
-
-    @property
-    def position(self) -> int:
-        return 0 if self._pass is None else self._pass.position
-
-    @property
-    def meter(self) -> tuple[int, int, int, float, float]:
-        totals = self.totals
-        return totals.batches, totals.samples, 0, totals.wait_seconds, totals.seconds
-
-    def release(self) -> None:
-        """Nothing: no memory is kept."""
-
-    def __len__(self) -> int:
-        return self.n_batches
-
-    def start(
-        self,
-        seed: int,
-        epoch: int,
-        shuffle: bool,
-        blocks: tuple[int, int] = (0, 0),
-        first_batch: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> _Pass:
-        """The batches of an epoch, as those of `_native.Loader`. Raises DataError, which names the item."""
-        source = self.source
-        if source.iterable and shuffle:
-            raise ValueError(f"shuffle is True for {source.name}, an IterableDataset, expected False")
-        generator = torch.Generator().manual_seed((seed + epoch) % 2**63)  # of torch's worker processes
-        options: dict[str, Any] = {"num_workers": self.workers, "generator": generator}
-        if source.iterable:
-            batches = self._iterated(first_batch, rank, ranks, options)
-        else:
-            order = _native.epoch_order(self.n, seed, epoch, blocks) if shuffle else np.arange(self.n)
-            chosen = order if self.indices is None else self.indices[order]
-            shares = [_share(self._rows(k, chosen), rank, ranks) for k in range(first_batch, self.n_batches)]
-            numbered = _Numbered(source.dataset)
-            batches = TorchDataLoader(numbered, batch_sampler=shares, collate_fn=list, **options)
-        self._pass = _Pass(self, map(self._batch, batches), first_batch)
-        return self._pass
-
-    def _rows(self, k: int, chosen: npt.NDArray[np.int64]) -> list[int]:
-        rows: list[int] = chosen[k * self.batch_size : (k + 1) * self.batch_size].tolist()
-        return rows
-
-    def _iterated(self, first: int, rank: int, ranks: int, options: dict[str, Any]) -> Iterable[list[Any]]:
-        name = self.source.name
-        items = TorchDataLoader(self.source.dataset, self.batch_size, collate_fn=list, **options)
-        done = 0
-        for k, batch in enumerate(islice(items, self.n_batches)):
-            numbered = list(enumerate(batch, k * self.batch_size))
-            done = min(self.n, numbered[-1][0] + 1)
-            if k >= first:
-                yield _share(numbered, rank, ranks)
-        expected = self.n_batches * self.batch_size if self.drop_last else self.n
-        if done < expected:
-            raise DataError(f"{name}: ended after {done} items, expected the {self.n} of its __len__")
-
-    def _batch(self, items: list[tuple[int, Any]]) -> Any:
-        source = self.source
-        pairs = [(number, *_item(item, number, source.name)) for number, item in items]
-        for number, x, label in pairs:
-            if (x.shape, x.dtype, label is not None) != (source.item_shape, source.dtype, source.has_labels):
-                got = f"{x.dtype} of shape {list(x.shape)}" + ("" if label is None else " with a label")
-                expected = f"{source.dtype} of shape {list(source.item_shape)}"
-                expected += " with a label" if source.has_labels else ""
-                raise DataError(f"{source.name}: item {number} is {got}, expected {expected}, as item 0")
-        x = np.stack([x for _, x, _ in pairs]) if pairs else np.empty((0, *source.item_shape), source.dtype)
-        made = self._in_form(x)
-        if not source.has_labels:
-            return made
-        return made, np.array([label for _, _, label in pairs], np.int64)
-
-    def _in_form(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if self.dtype == "uint8":
-            return x
-        tensor = torch.from_numpy(x).float()
-        if x.dtype == np.uint8:
-            tensor = tensor.div_(255)
-        if self.dtype == "bfloat16":
-            return tensor.bfloat16().view(torch.int16).numpy()
-        return tensor.to(getattr(torch, self.dtype)).numpy()
-
-
-@dataclass
-class _Totals:
-    """What was delivered in all passes."""
-
-    batches: int = 0
-    samples: int = 0
-    wait_seconds: float = 0.0
-    seconds: float = 0.0
-
-
-class _Pass:
-    """An iterator over batches that counts them."""
-
-    def __init__(self, loader: _DatasetLoader, batches: Iterator[Any], first_batch: int) -> None:
-        self.position = first_batch
-        self._totals, self._batches, self._metered = loader.totals, batches, time.monotonic()
-        self._closed = False
-
-    def __iter__(self) -> _Pass:
-        return self
-
-    def __next__(self) -> Any:
-        if self._closed:
-            raise RuntimeError("the loader is closed, expected no more batches")
-        began = time.monotonic()
-        batch = next(self._batches)
-        now, totals = time.monotonic(), self._totals
-        self.position += 1
-        totals.batches += 1
-        totals.samples += len(batch[0] if isinstance(batch, tuple) else batch)
-        totals.wait_seconds += now - began
-        totals.seconds += now - self._metered
-        self._metered = now
-        return batch
-
-    def close(self) -> None:
-        """Ends torch's worker processes; no batch comes any more."""
-        self._closed, self._batches = True, iter(())
-
-
-class _Numbered(Dataset[tuple[int, Any]]):
-    """The items of a dataset with their numbers, for messages."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index]
-
-
-def _share(rows: list[Any], rank: int, ranks: int) -> list[Any]:
-    """Those of a rank, as in the native loader: from ceil(rank B / ranks) on."""
-    begin, end = (-(-r * len(rows) // ranks) for r in (rank, rank + 1))
-    return rows[begin:end]
-
-
-def _item(item: object, number: int, name: str) -> tuple[npt.NDArray[Any], int | None]:
-    """x, uint8, float32 or float64 with its channels first, and the label of an item that is x or (x, y)."""
-    x, label = (item[0], item[1:]) if isinstance(item, (tuple, list)) and item else (item, ())
-    if len(label) > 1 or (not isinstance(x, (Tensor, np.ndarray)) and not hasattr(x, "__array_interface__")):
-        got = f"a {type(item).__name__}"
-        if isinstance(item, (tuple, list)):
-            got += f" of {', '.join(type(part).__name__ for part in item)}"
-        expected = "x or (x, y), x a tensor, an array or an image and y an integer"
-        raise DataError(f"{name}: item {number} is {got}, expected {expected}")
-    array = array_of(x if isinstance(x, (Tensor, np.ndarray)) else np.asarray(x), f"{name}: item {number}")
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * np.uint8(255)
-    elif array.dtype == np.float16:
-        array = array.astype(np.float32)
-    if array.dtype not in (np.uint8, np.float32, np.float64) or array.size == 0:
-        got = f"{array.dtype} of shape {list(array.shape)}"
-        raise DataError(
-            f"{name}: item {number} is {got}, expected numbers of uint8 (for x / 255), bool or float"
-        )
-    if array.ndim == 0:
-        array = array.reshape(1)
-    if is_channels_last((1, *array.shape)):
-        array = np.moveaxis(array, -1, 0)
-    elif array.ndim == 2:
-        array = array[None]
-    return array, _label(label[0], number, name) if label else None
-
-
-def _label(label: object, number: int, name: str) -> int:
-    value = label
-    if isinstance(label, (Tensor, np.ndarray)) and label.shape in ((), (1,)):
-        value = label.item()
-    if not isinstance(value, (int, np.integer)) or not -(2**63) <= value < 2**63:
-        got = f"a {type(label).__name__}"
-        raise DataError(f"{name}: the label of item {number} is {got}, expected an integer")
-    return int(value)
+        return ItemLoader(self, indices, **options)
 
 
 def _indices(indices: Sequence[int], source: Source) -> npt.NDArray[np.int64]:
