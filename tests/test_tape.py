@@ -169,3 +169,18 @@ def test_gradients_under_a_dispatch_mode(seed: int, given: str) -> None:
     with FlopCounterMode(display=False):
         watched = gradient()
     torch.testing.assert_close(watched, gradient())
+
+
+def test_a_sum_is_not_kept_in_the_shape_of_another(seed: int) -> None:
+    """Sums that keep their dimension, with views after them of which only some take that away."""
+
+    def sums(x: Tensor) -> tuple[Tensor, ...]:
+        kept = x.sum(0, keepdim=True)
+        return kept.view(12), x.sum([1], keepdim=True).view(2, 4), kept.sum(-1, keepdim=True).view(3), kept * 2
+
+    x, other = torch.randn(2, 2, 3, 4).unbind()
+    outputs, tape = record(sums, x)
+    assert tape is not None
+    for given, expected in ((x, outputs), (other, sums(other))):
+        for output, right in zip(tape(given), expected, strict=True):
+            assert torch.equal(output, right)

@@ -17,6 +17,17 @@ from ..ops import library
 
 _aten = torch.ops.aten
 _SAME_TENSOR = {_aten.detach.default, _aten.alias.default}  # where no autograd looks on
+_SUM = _aten.sum.dim_IntList
+# the same operations, called in half the time
+_SHORT: dict[Any, Callable[..., Any]] = {
+    _aten.addmm.default: torch.addmm,
+    _aten.cat.default: torch.cat,
+    _aten.mm.default: torch.mm,
+    _aten.relu.default: torch.relu,
+    _aten.t.default: torch.t,
+    _aten.view.default: Tensor.view,
+    _SUM: torch.sum,
+}
 
 
 class Tape:
@@ -117,6 +128,7 @@ class _Recorder(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, node: fx.Node) -> None:
         self._made[id(tensor)] = node
+        node.meta["shape"] = tensor.shape
         self._storages.add(tensor.untyped_storage().data_ptr())
         self._alive.append(tensor)
 
@@ -148,10 +160,32 @@ def _getitem(results: Sequence[Any], i: int) -> Any:
 
 
 def _simplify(graph: fx.Graph) -> None:
-    """Leave out transposes of transposes, and what is not used."""
+    """Leave out transposes of transposes, what is not used and detours; call the rest by the shortest way."""
     for node in list(graph.nodes):
         if node.target is _aten.t.default and node.args[0].target is _aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
+        elif node.target is _aten.view.default and _drops_dim_of_sum(node):
+            total = node.args[0]
+            total.args = total.args[:2]
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
         if not node.users and node.target in (_aten.t.default, _getitem):
             graph.erase_node(node)
+        elif node.op == "call_function" and not node.kwargs:
+            node.target = _SHORT.get(node.target, node.target)
+
+
+def _drops_dim_of_sum(view: fx.Node) -> bool:
+    """Whether all that a view does is to take away the dimension that a sum over one has kept."""
+    total: Any = view.args[0]
+    if (
+        total.target is not _SUM
+        or total.args[2:] != (True,)
+        or len(total.args[1]) != 1
+        or len(total.users) != 1
+    ):
+        return False
+    shape = list(total.meta["shape"])
+    del shape[total.args[1][0]]
+    return shape == list(view.meta["shape"])
