@@ -92,7 +92,7 @@ def test_table_shows_what_was_computed(evaluate: Callable[..., str], runs: Calla
     assert "180 of digits (validation)" in table
     assert f"active units: {figures['active_units']} of 3" in table
     largest = max(range(3), key=lambda i: figures["kl_by_latent"][i])
-    assert f"(latent): {figures['kl_by_latent'][largest]:.2f} ({largest})" in table
+    assert f"in nats: z{largest}={figures['kl_by_latent'][largest]:.2f}" in table
 
 
 def test_nothing_depends_on_the_batch_size(evaluate: Callable[..., str]) -> None:
@@ -158,7 +158,7 @@ def test_dequantized_data_have_bits_per_dimension(evaluate: Callable[..., str]) 
     error = figures["log_likelihood_data_error"] / 64 / math.log(2)
     assert figures["bits_per_dimension_data_error"] == pytest.approx(error)
     assert "--dequantize: got 0." in (said := evaluate("gaussian", "--dequantize", status=2))
-    assert "expected an integer / 255" in said
+    assert "expected an integer / 255; --dequantize S is for data in steps of 1/S" in said
     for likelihood, other in (("bernoulli", []), ("gaussian", ["--binarize"])):
         said = evaluate(likelihood, "--dequantize", 16, *other, status=2)
         assert "expected a likelihood with a density, and no --binarize" in said

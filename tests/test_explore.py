@@ -351,10 +351,11 @@ def test_what_cannot_be_done_is_said_in_a_line(run: Path, look) -> None:
         ("sample", ["--latents", "narrow.npy", "--n", 3], "--n: got 3 with --latents"),
         ("sample", ["--n", 20000], "--n: got 20,000 for a picture, expected at most 10,000; --format npy"),
         ("traverse", ["--dims", 4], f"--dims: got 4, expected 0 to 3, the latents of {run}"),
-        ("traverse", ["--grid", "--dims", 1], "--dims: got 1, expected two latents"),
+        ("traverse", ["--grid", "--dims", 1], "--dims: got 1, expected two"),
         ("traverse", ["--index", 180], "--index: got 180, expected 0 to 179, of digits (validation)"),
         ("interpolate", ["--from", 1, 2, "--to", 3], "--to: got 1 data for 2 of --from, expected as many"),
         ("interpolate", ["--from", 1, "--to", 900], "--to: got 900, expected 0 to 179"),
+        ("encode", ["--out", "z.png"], "--out: got 'z.png', expected a name that ends with .npy"),
         ("encode", ["--out", "no/z.npy"], "--out: got 'no/z.npy', but there is no folder no"),
         ("reconstruct", ["--data", "narrow.npy"], "--data: got narrow with items of 3, expected 1 x 8 x 8"),
         ("reconstruct", ["--data", "nowhere.npy"], "nowhere.npy"),
@@ -450,7 +451,7 @@ def test_a_run_with_one_latent(train: Callable[..., Path], typed: Callable[..., 
     typed("latents", run, "--animate", "--out", tmp_path / "moving.gif")
     assert np.load(tmp_path / "moving.npy").shape == (3, 180, 1)
     assert "has one latent" in typed("latents", run, "--tsne", status=2)
-    assert "expected 0 to 0" in typed("latents", run, "--dims", 0, 1, status=2)
+    assert "expected 0, the one latent" in typed("latents", run, "--dims", 0, 1, status=2)
 
 
 def test_principal_components_of_many_latents(seed: int) -> None:

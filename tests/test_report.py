@@ -231,6 +231,17 @@ def test_a_model_of_ones_own_is_drawn_where_it_is_named(
     assert "Traversals" in (tmp_path / "page.html").read_text()
 
 
+def test_it_says_which_data_it_shows(
+    runs: dict[str, Path], typed: Callable[..., str], tmp_path: Path
+) -> None:
+    assert "Posterior means of the validation data" in (runs["small"] / "report.html").read_text()
+    typed("report", runs["small"], "--split", "train", "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "Posterior means of digits (training)" in text
+    assert "validation data" not in text
+    assert "got test, but digits has none" in typed("report", runs["small"], "--split", "test", status=2)
+
+
 def test_errors_are_one_line(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,7 @@ def _parser() -> _Parser:
         prog="fastvae", description="Train and use variational autoencoders.", allow_abbrev=False
     )
     version = importlib.metadata.version("fastvae")
-    parser.add_argument("--version", action="version", version=f"fastvae {version}")
+    parser.add_argument("-V", "--version", action="version", version=f"fastvae {version}")
     commands = parser.add_subparsers(metavar="command", required=True)
     for command in COMMANDS:
         command.add(commands)

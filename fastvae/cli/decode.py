@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import add_run_command, add_run_options
-from .output import check_out, load_latents, save_batches
+from .output import check_out, load_latents, save_batches, shape_of
 from .runs import open_run, track
 from .sample import add_draw_x
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..inference import decode
 
     path = Path(arguments.out)
-    check_out(path)
+    check_out(path, ["npy"])
     opened = open_run(arguments)
     z = load_latents(arguments.latents, opened)
     batches = track(_batches(z, arguments.batch_size), "decoding", -(-len(z) // arguments.batch_size))
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     decoded = decode(opened.model, batches, draw_x=arguments.draw_x, seed=opened.seed)
     save_batches(path, shape, decoded)
     what = "draws of p(x|z)" if arguments.draw_x else "means of p(x|z)"
-    print(f"{path}: {what} for {arguments.latents}, {' x '.join(map(str, shape))}")
+    print(f"{path}: {what} for {arguments.latents}, {shape_of(shape)}")
 
 
 def _batches(z: Any, size: int) -> Iterator[Tensor]:

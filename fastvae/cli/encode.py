@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import add_run_command, add_run_options
-from .output import check_out, save_batches
+from .output import check_out, save_batches, shape_of
 from .runs import open_data, open_run, track
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..inference.latents import Moments
 
     path = Path(arguments.out)
-    check_out(path)
+    check_out(path, ["npy"])
     opened = open_run(arguments)
     data = open_data(opened, arguments)
     batches = encode(
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     shape = (data.loader.n_samples, *opened.latent_shape)
     save_batches(path, shape, _measured(batches, moments))
     what = "draws of the posteriors" if arguments.sample else "posterior means"
-    print(f"{path}: {what} of {data.name}, {' x '.join(map(str, shape))}")
+    print(f"{path}: {what} of {data.name}, {shape_of(shape)}")
     std = moments.std
     scale = f"; times {1 / std:.5g}, it is 1" if std > 0 else ""
     print(f"mean {moments.mean:.5g}, standard deviation {std:.5g}{scale}")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
 from .arguments import add_run_command, add_run_options, positive
-from .output import check_out
 from .runs import open_data, open_run, track
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def add(commands: Any) -> None:
         commands,
         "evaluate",
         run,
-        "say how good a run is: ELBO, log p(x), latents, reconstructions",
+        "judge a run: ELBO, log p(x), latents, reconstructions",
         "Evaluate a run on data: ELBO and log p(x) in nats with their errors, bits per dimension, "
         "the use of the latents, the aggregate posterior and the error of reconstructions. Prints a table "
         "and writes evaluation.json into the run folder.",
@@ -39,8 +38,13 @@ def add(commands: Any) -> None:
         metavar="K",
         help="draws of z a datum, for the importance-weighted bound L_K on log p(x) (default: 100)",
     )
+    parser.add_argument(
+        "--mixture",
+        type=positive,
+        metavar="N",
+        help="data whose posteriors make the mixture that estimates q(z) (default: all, at most 10,000)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with the figures of each latent")
-    add_run_options(parser, data="to evaluate on")
     group = parser.add_argument_group("what is made of the data")
     group.add_argument(
         "--binarize",
@@ -56,12 +60,7 @@ def add(commands: Any) -> None:
         help="take values for integers / S and add uniform noise of a step, for bits per dimension "
         "(default of S: 255, for pixels)",
     )
-    group.add_argument(
-        "--mixture",
-        type=positive,
-        metavar="N",
-        help="data whose posteriors make the mixture that estimates q(z) (default: all, at most 10,000)",
-    )
+    add_run_options(parser, data="to evaluate on")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -79,8 +78,6 @@ def run(arguments: argparse.Namespace) -> None:
         got = "given with --binarize" if binarize else "got it for a bernoulli likelihood"
         raise ConfigError("dequantize", f"{got}, expected a likelihood with a density, and no --binarize")
     data = open_data(opened, arguments, binarize=binarize)
-    path = opened.folder / EVALUATION_NAME
-    check_out(path)
     try:
         judgement = judge(
             opened.model,
@@ -102,11 +99,13 @@ def run(arguments: argparse.Namespace) -> None:
         **judgement.figures(),
     }
     figures["notes"] = _notes(figures, opened)
-    write_json(path, figures)
     if arguments.json:
         print(json.dumps(figures, indent=2, allow_nan=False))
     else:
         _print(figures)
+    path = opened.folder / EVALUATION_NAME
+    write_json(path, figures)
+    if not arguments.json:
         print(f"figures: {path}")
 
 
@@ -116,7 +115,9 @@ def _of_the_command_line(error: EvaluationError) -> Exception:
     if option == "data":
         drawn = "binary data, or --binarize, to draw each value as 1 with the probability that it says"
         return ConfigError("data", f"{problem.partition('; expected ')[0]}; expected {drawn}")
-    return ConfigError("dequantize", problem) if option == "levels" else error
+    if option == "levels":
+        return ConfigError("dequantize", f"{problem}; --dequantize S is for data in steps of 1/S")
+    return error
 
 
 def _notes(figures: dict[str, Any], opened: Run) -> list[str]:
@@ -201,10 +202,10 @@ def _lines(f: dict[str, Any]) -> Iterator[str]:
     """The rest: latents and reconstructions."""
     kl = f["kl_by_latent"]
     order = sorted(range(len(kl)), key=lambda i: -kl[i])
-    shown = ", ".join(f"{kl[i]:.2f} ({i})" for i in order[:SHOWN])
+    shown = ", ".join(f"z{i}={kl[i]:.2f}" for i in order[:SHOWN])
     rest = f", and {len(kl) - SHOWN} of less" if len(kl) > SHOWN else ""
     yield f"\nactive units: {f['active_units']} of {len(kl)}"
-    yield f"KL by latent, in nats (latent): {shown}{rest}"
+    yield f"KL by latent, in nats: {shown}{rest}"
     std = f["aggregate_std"]
     moments = f"means within {max(map(abs, f['aggregate_mean'])):.3g} of 0, "
     moments += f"standard deviations {min(std):.3g} to {max(std):.3g}"

@@ -32,21 +32,24 @@ def output_path(run: Run, arguments: argparse.Namespace, name: str) -> tuple[Pat
     """Where to write, and the format: --out, or `name` in the run folder. Raises ConfigError."""
     formats, out = arguments.formats, None if arguments.out is None else Path(arguments.out)
     kind = arguments.format
-    if out is not None:
-        check_out(out)
-        of_name = out.suffix.removeprefix(".").lower()
-        if kind is None and of_name not in formats:
-            raise ConfigError("out", f"got '{out}', expected a name that ends with .{' or .'.join(formats)}")
-        if kind is not None and of_name in ("png", "gif", "npy") and of_name != kind:
-            raise ConfigError("format", f"got {kind} with --out {out}, expected one of the two")
-        return out, kind or of_name
-    kind = kind or formats[0]
-    return run.folder / f"{name}.{kind}", kind
+    if out is None:
+        kind = kind or formats[0]
+        out = run.folder / f"{name}.{kind}"
+    check_out(out, formats if kind is None else ())
+    of_name = out.suffix.removeprefix(".").lower()
+    if kind is not None and of_name in ("png", "gif", "npy") and of_name != kind:
+        raise ConfigError("format", f"got {kind} with --out {out}, expected one of the two")
+    return out, kind or of_name
 
 
-def check_out(out: Path) -> None:
-    """Raise ConfigError unless a file may be written to `out`; before the work, not after it."""
+def check_out(out: Path, formats: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless a file may be written to `out`; before the work, not after it.
+
+    formats: how its name may end; anyhow without.
+    """
     folder = out.parent
+    if formats and out.suffix.removeprefix(".").lower() not in formats:
+        raise ConfigError("out", f"got '{out}', expected a name that ends with .{' or .'.join(formats)}")
     if not folder.is_dir():
         raise ConfigError("out", f"got '{out}', but there is no folder {folder}")
     if out.is_dir():
@@ -78,6 +81,11 @@ def save_array(path: Path, array: Any) -> None:
     save_batches(path, array.shape, [array])
 
 
+def shape_of(shape: Sequence[int]) -> str:
+    """That of an array, for a message: 1,797 x 1 x 8 x 8."""
+    return " x ".join(f"{size:,}" for size in shape)
+
+
 def save_batches(path: Path, shape: Sequence[int], batches: Iterable[Any]) -> None:
     """Write batches [B, ...] as one .npy of float32 and `shape`, all or nothing, one batch in memory."""
     import numpy as np
@@ -101,14 +109,14 @@ def load_latents(path: str, run: Run) -> Any:
     import numpy as np
 
     try:
-        z = np.load(path, mmap_mode="r", allow_pickle=False)
+        z = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise ConfigError("latents", f"got {path}, which is not there") from None
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError("latents", f"got {path}, which is no .npy of numbers: {error}") from error
-    expected = " x ".join(map(str, ("N", *run.latent_shape)))
-    if not isinstance(z, np.ndarray) or z.shape[1:] != run.latent_shape or z.ndim < 2 or len(z) == 0:
-        got = " x ".join(map(str, z.shape)) if isinstance(z, np.ndarray) else "several arrays"
+    expected = f"N x {shape_of(run.latent_shape)}"
+    if z.shape[1:] != run.latent_shape or z.ndim < 2 or len(z) == 0:
+        got = shape_of(z.shape)
         raise ConfigError("latents", f"got {path} of {got}, expected {expected}, as {run.folder}")
     if z.dtype.kind != "f":
         raise ConfigError("latents", f"got {path} of {z.dtype}, expected floating point")

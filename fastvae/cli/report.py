@@ -57,6 +57,7 @@ def _with_pictures(record: RunRecord, folder: Path, arguments: argparse.Namespac
     from ..models import ModelError, ModelFilesError
 
     part = "val" if arguments.data is None else None
+    asked = arguments.data is not None or arguments.split is not None
     try:
         opened = open_run(arguments, folder, finished=False)
         data = open_data(opened, arguments, part)
@@ -68,7 +69,7 @@ def _with_pictures(record: RunRecord, folder: Path, arguments: argparse.Namespac
             classes=data.classes,
         )
     except (ConfigError, ConfigFileError, DataError, ModelError, ModelFilesError) as error:
-        if arguments.data is not None or arguments.model is not None:  # a person waits for just this
+        if asked or arguments.model is not None:  # a person waits for just this
             raise
         return replace(record, notes=(*record.notes, f"No new pictures: {error}"))
-    return replace(record, pictures=pictures)
+    return replace(record, pictures=replace(pictures, data=data.name) if asked else pictures)

@@ -260,7 +260,8 @@ def latents_of(values: Sequence[int], run: Run, option: str) -> list[int]:
     n = math.prod(run.latent_shape)
     for value in values:
         if not 0 <= value < n:
-            raise ConfigError(option, f"got {value}, expected 0 to {n - 1}, the latents of {run.folder}")
+            known = f"0 to {n - 1}, the latents" if n > 1 else "0, the one latent"
+            raise ConfigError(option, f"got {value}, expected {known} of {run.folder}")
     return list(values)
 
 

@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
         columns = max(8, math.ceil(math.sqrt(len(z))))
         tile = WIDE // columns
         save_picture(path, plots.grid(torch.cat(list(batches)), columns=columns, tile=tile))
-    print(f"{path}: {what}")
+    drawn = ", x drawn too" if arguments.draw_x else ""
+    print(f"{path}: {what}{drawn}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -91,7 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     else:
         z = traversal(center, latents, offsets)
-        what = f"{len(latents)} latents from {-arguments.range:g} to {arguments.range:g}"
+        several = "" if len(latents) == 1 else "s"
+        what = f"{len(latents)} latent{several} from {-arguments.range:g} to {arguments.range:g}"
     x = decoded(opened, z, arguments.batch_size)
     names = [f"z{latent}" if kl is None else f"z{latent} {kl[latent]:.2f} nats" for latent in latents]
     if kind == "npy":
@@ -137,7 +138,7 @@ def _latents(opened: Run, arguments: argparse.Namespace, kl: list[float] | None)
     if arguments.grid:
         if len(latents) < 2 or (arguments.dims is not None and len(latents) > 2):
             got = f"{n} latent" if arguments.dims is None else " ".join(map(str, arguments.dims))
-            raise ConfigError("dims" if arguments.dims else "grid", f"got {got}, expected two latents")
+            raise ConfigError("dims" if arguments.dims else "grid", f"got {got}, expected two")
         return latents[:2] if arguments.dims is not None else sorted(latents[:2])
     return latents if arguments.dims is not None else latents[:SHOWN]
 

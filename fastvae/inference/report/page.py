@@ -46,6 +46,7 @@ def html(runs: Sequence[RunRecord], *, version: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    data = {run.pictures.data for run in runs}
     numbers = itertools.count(1)
     templates.filters["numbered"] = lambda svg: Markup(charts.numbered(str(svg), next(numbers)))
     return templates.get_template("page.html").render(
@@ -58,6 +59,7 @@ def html(runs: Sequence[RunRecord], *, version: str) -> str:
         configuration=tables.configuration(runs),
         environment=tables.environment(runs),
         evaluation=tables.evaluation(runs),
+        data=data.pop() if len(data) == 1 else "the data",
         reach=REACH,
         version=version,
         written=time.strftime("%Y-%m-%d %H:%M"),

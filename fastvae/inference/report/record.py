@@ -35,8 +35,10 @@ class Traversal:
 class Pictures:
     """What a model makes of data and of draws: pictures as data URIs, `latents` as SVG.
 
-    labels: of the colours in `latents`, each with its colour.
+    data: what they are, for people. labels: of the colours in `latents`, each with its colour.
     """
+
+    data: str = "the validation data"
 
     samples: str | None = None
     reconstructions: str | None = None
