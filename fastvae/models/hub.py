@@ -88,9 +88,9 @@ class Hub:
 def _check(model: Hub) -> None:
     """Before anything is written: the mixin takes config.json away first."""
     if cast("VAE", model).config is None:
+        hint = "share its code with config.json and model.safetensors, for fastvae.load(run, model=Class)"
         raise ValueError(
-            "model: has an encoder and a decoder of its own, expected VAE.mlp or VAE.conv; share such a model as "
-            "its code with config.json and model.safetensors of its run, for fastvae.load(folder, model=Class)"
+            f"model: has an encoder and a decoder of its own, expected VAE.mlp or VAE.conv; {hint}"
         )
 
 
