@@ -46,6 +46,7 @@ VALUES = {
     "max_skipped_steps": (5, ["6"], 6),
     "ema_decay": (0.99, ["0.9"], 0.9),
     "amp": (True, False, False),
+    "cuda_graph": ("never", ["always"], "always"),
     "device": ("cpu", ["cuda"], "cuda"),
     "seed": (2**40, ["7"], 7),
     "out": ("a b/c", ["d"], "d"),

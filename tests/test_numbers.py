@@ -79,7 +79,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, dtype, clip_norm, value
         weights, variance, optimizer = _made(kind, dtype, clip_norm)
         leaves = [*weights.leaves, variance]
         torch.manual_seed(seed)
-        findings = []
+        findings, rows = [], []
         for step in range(9):
             for leaf in leaves:
                 leaf.grad = torch.randn(leaf.shape).to(leaf.dtype)
@@ -90,9 +90,11 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, dtype, clip_norm, value
                 leaves[bad_at[step]].grad.view(-1)[0] = value
             if not with_bad and (step in bad_at or step == 7):
                 continue
-            optimizer.step(terms)
-            findings += optimizer.findings() if step % 2 else []
-        findings += optimizer.findings()
+            rows.append(torch.stack(list(optimizer.step(terms))).flatten())
+            if step % 2:
+                findings += optimizer.findings(torch.stack(rows))
+                rows = []
+        findings += optimizer.findings(torch.stack(rows) if rows else None)
         results.append({"flat": weights.flat.detach(), "variance": variance.detach(), **optimizer.tensors()})
     assert [i for i, f in enumerate(findings) if f is not None] == [2, 5, 7]
     assert [findings[i].parameter for i in (2, 5, 7)] == [3, 4, None]
@@ -213,12 +215,13 @@ def test_float16_with_a_loss_that_is_not_finite_and_gradients_that_are() -> None
     weights, variance, optimizer = _made("fused", torch.float16, None)
     optimizer.backward(torch.zeros((), requires_grad=True))  # from where the scaler has its scale
     before = weights.flat.detach().clone()
+    rows = []
     for value, same in ((math.inf, True), (1.0, False)):
         for leaf in (*weights.leaves, variance):
             leaf.grad = torch.randn(leaf.shape).to(leaf.dtype)
-        optimizer.step(ELBOTerms(*torch.tensor([value, value, 1.0])))
+        rows += optimizer.step(ELBOTerms(*torch.tensor([value, value, 1.0])))
         assert torch.equal(weights.flat, before) == same
-    found, none = optimizer.findings()
+    found, none = optimizer.findings(torch.stack(rows))
     assert found == ((math.inf, math.inf, 1.0), None, False)
     assert none is None
 

@@ -10,7 +10,6 @@ import fastvae
 from fastvae import VAE, DataLoader, ELBOLoss
 from fastvae.inference.evaluate import evaluate, negative_elbo
 from fastvae.training import device as device_module
-from fastvae.training import step as step_module
 from fastvae.training.adam import LOG_VARIANCE_LR_FACTOR
 from fastvae.training.backward import Backward
 from fastvae.training.checkpoint import load_newest_checkpoint, without_prefix
@@ -309,7 +308,7 @@ def test_flat_weights_lend_copies_and_give_memory_back(seed):
 
 @pytest.mark.parametrize("most_kept", [3, 1000])
 def test_averages_weigh_each_step_by_its_data(data, monkeypatch, seed, most_kept):
-    monkeypatch.setattr(step_module, "MOST_KEPT", most_kept)
+    monkeypatch.setattr("fastvae.training.sums.MOST_KEPT", most_kept)
     step = TrainStep(VAE.mlp((16,), (8,), 2), ELBOLoss())
     total, sizes, plain = 0.0, [10, 200, 30, 400, 50], Backward.__call__
 
@@ -495,7 +494,12 @@ def test_the_first_step_of_a_kl_warmup_has_no_kl(data, schedule, monkeypatch, se
     loss = _loss(model, config)
     step = TrainStep.from_config(model, loss, config, 100, torch.float32)
     found = []
-    monkeypatch.setattr(step.optimizer, "step", lambda _: found.extend(p.grad for p in model.parameters()))
+
+    def look(terms):
+        found.extend(p.grad for p in model.parameters())
+        return terms
+
+    monkeypatch.setattr(step.optimizer, "step", look)
     torch.manual_seed(seed)
     step(x)
     total, recon_term, kl = step.averages()

@@ -10,6 +10,7 @@ import torch
 from processes import run_checks
 from torch import Tensor
 
+from fastvae import ELBOLoss
 from fastvae.ops.types import Extents, Forward, Gradients, Inputs, Likelihood, Needs, Spec
 
 if TYPE_CHECKING:
@@ -101,6 +102,26 @@ def test_one_launch_forward_and_one_backward(launcher: ModuleType) -> None:
     call = Call(launcher, 128, 784, 20)
     assert device_events(call.forward) == ["elbo_forward_kernel"]
     assert device_events(call.backward) == ["elbo_backward_kernel"]
+
+
+def test_a_replay_launches_one_kernel_forward_and_one_backward() -> None:
+    mu, logvar, x_hat = (torch.randn(128, n, device="cuda", requires_grad=True) for n in (20, 20, 784))
+    x, g = torch.rand(128, 784, device="cuda"), torch.ones((), device="cuda")
+    loss_fn = ELBOLoss()
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss_fn(x_hat, x, mu, logvar), (x_hat, mu, logvar), g)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradients = both()
+    assert sorted(device_events(graph.replay)) == ["elbo_backward_kernel", "elbo_forward_kernel"]
+    assert_equal(list(gradients), list(both()))
 
 
 def test_nothing_waits_for_the_gpu(launcher: ModuleType) -> None:

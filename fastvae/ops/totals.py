@@ -1,5 +1,7 @@
 """What depends on a batch's totals: the best variance, free bits by latent, capacity. One reduction more.
 
+Numbers become tensors where the others are (`new_full`): a copy from the host would make a GPU be waited for.
+
 All are found first, without a gradient, and then stand in the loss as numbers: the loss is stationary in the
 best variance, and a mean above its floor, or on one side of a capacity, is linear in its elements, so that
 the gradients are exact.
@@ -32,7 +34,7 @@ def best_log_variance(inputs: Inputs, extents: Extents, group: ProcessGroup | No
     x_hat, x, weight = inputs.x_hat, inputs.x, inputs.weight
     squares = run(Inputs(x_hat, x, weight=weight), _SQUARES, extents, impl).recon
     assert squares is not None
-    data = squares.new_tensor(extents.batch) if weight is None else weight.sum(dtype=squares.dtype)
+    data = squares.new_full((), extents.batch) if weight is None else weight.sum(dtype=squares.dtype)
     squares, elements = _over_ranks(torch.stack((squares, data * extents.features)), group)
     mean = squares / torch.where(elements == 0, 1, elements)
     # clamp keeps NaN
@@ -51,10 +53,11 @@ def floored_beta(
     assert spec.free_bits is not None
     with torch.no_grad():
         sums = latent_kl_sums(inputs, spec, extents, impl)
-        totals = _over_ranks(torch.cat((sums, sums.new_tensor([extents.batch]))), group)
+        totals = _over_ranks(torch.cat((sums, sums.new_full((1,), extents.batch))), group)
         means = totals[:-1] / totals[-1].clamp(min=1)
         free = means <= spec.free_bits  # NaN is not
-    beta = torch.as_tensor(inputs.beta, dtype=sums.dtype, device=sums.device).expand(extents.latents)
+    beta = inputs.beta.to(sums) if isinstance(inputs.beta, Tensor) else sums.new_full((), inputs.beta)
+    beta = beta.expand(extents.latents)
     floor = torch.where(free, beta, 0.0).sum() * (spec.free_bits * extents.batch * spec.kl_scale(extents))
     return torch.where(free, 0.0, beta), floor
 

@@ -1,4 +1,4 @@
-"""What the two Adams share: their constants, averages of the weights, and what was not finite in a step.
+"""What the two Adams share: their constants, and averages of the weights.
 
 Averages of weights: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging".
 """
@@ -9,8 +9,6 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from ..ops import ELBOTerms
-from .numbers import Finding
 from .weights import FlatWeights
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -41,8 +39,3 @@ def share_of_new(decay: float, steps: Number) -> Number:
     """
     share = 9 / (10 + steps)
     return share.clamp(min=1 - decay) if isinstance(share, Tensor) else max(share, 1 - decay)
-
-
-def finding_of(terms: ELBOTerms | None, parameter: int | None = None, overflow: bool = False) -> Finding:
-    """What was not finite in a step with these terms; waits for the device."""
-    return Finding(() if terms is None else tuple(term.item() for term in terms), parameter, overflow)

@@ -25,6 +25,8 @@ else:
 
 DEFAULT_MAX_SKIPPED = 10
 
+CUDAGraph = Literal["auto", "always", "never"]
+
 
 class ConfigError(ValueError):
     """An option that does not exist or has no such value; `option` is its name in TrainConfig."""
@@ -210,6 +212,11 @@ class TrainConfig(BaseModel):
         description="keep an exponential moving average of the weights, which is validated and saved: 0.999",
     )
     amp: bool = Field(False, description="compute in bf16, or fp16, where the device is made for it")
+    cuda_graph: CUDAGraph = Field(
+        "auto",
+        description="on a GPU, capture the step as a CUDA graph; always: with a model or an extra loss of "
+        "your own too, which does the same in each step",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     seed: int = Field(0, ge=0, lt=2**63, description="makes the run repeatable")
     out: str | None = Field(None, description="run folder (default: runs/<data>-<model>-<time>)")

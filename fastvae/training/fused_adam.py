@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ELBOTerms
-from .adam import BETAS, EPS, LOG_VARIANCE_LR_FACTOR, averages_of, finding_of, named_averages, share_of_new
+from .adam import BETAS, EPS, LOG_VARIANCE_LR_FACTOR, averages_of, named_averages, share_of_new
 from .numbers import Finding
 from .weights import FlatWeights
 
@@ -20,8 +20,8 @@ LEAST_SCALE = 2.0**-24
 class FusedAdam:
     """torch's fused Adam or AdamW over the flat weights; with a GradScaler for float16.
 
-    The learning rates are tensors on the device, changed in place: a captured graph reads them anew. So is
-    what Adam is told not to apply a step by.
+    `step` can be captured as a CUDA graph once it has run: it waits for nothing, and all that changes from
+    one step to the next, learning rates too, is in tensors on the device that are changed in place.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class FusedAdam:
         self.weights = weights
         self.clip_norm = clip_norm
         device = weights.flat.device
+        self._on_gpu = device.type == "cuda"
         self._parameters = [weights.flat, *learned_by_loss]
         own_lr = torch.tensor(lr * LOG_VARIANCE_LR_FACTOR, device=device)
         groups = [
@@ -45,7 +46,6 @@ class FusedAdam:
         self.adam = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
         self.scaler = torch.amp.GradScaler(device.type) if weights.is_half else None
         self._found, self._one = torch.zeros((), device=device), torch.ones((), device=device)
-        self._kept: list[tuple[ELBOTerms | None, Tensor]] = []
         self.ema_decay = ema_decay
         self.averages = [] if ema_decay is None else averages_of(weights, learned_by_loss)
 
@@ -58,15 +58,21 @@ class FusedAdam:
         """Compute the gradients of `loss`, scaled where float16 would lose them."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def step(self, terms: ELBOTerms | None = None) -> None:
-        """Update the weights by their gradients; not where these or the loss are not finite."""
+    def step(self, terms: ELBOTerms | None = None) -> list[Tensor]:
+        """Update the weights by their gradients; not where these or the loss are not finite.
+
+        Gives one tensor: loss, recon and kl, and the largest element of each gradient.
+        """
         self.weights.gather_gradients()
-        self._kept.append((terms, self._look(terms)))
+        terms = ELBOTerms(self._one, self._one, self._one) if terms is None else terms
+        row = self._look(terms)
         if self.clip_norm is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self.adam)
             self._clip(self.clip_norm)
         applied = None if self.ema_decay is None else self._applied().clone()
+        for group in self.adam.param_groups:  # torch asks to be told; a fused Adam does the same either way
+            group["capturable"] = self._on_gpu and torch.cuda.is_current_stream_capturing()
         if self.scaler is None:
             self.adam.step()
         else:
@@ -75,25 +81,37 @@ class FusedAdam:
         if applied is not None:
             self._average(self._applied() - applied)
         self.weights.refresh_copies()
-        for group in self.adam.param_groups[1:]:
-            for parameter in group["params"]:
-                parameter.grad = None
+        self._drop_gradients()
+        return [row]
+
+    def abandon(self) -> None:
+        """Forget the gradients, and what the scaler has begun."""
+        self._drop_gradients()
+        if self.scaler is not None:
+            numbers = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.weights.flat.device.type)
+            self.scaler.load_state_dict(numbers)
+
+    def _drop_gradients(self) -> None:
+        """All but `weights.flat.grad`, whose memory stays."""
+        for parameter in (*self.weights.leaves, *self._parameters[1:]):
+            parameter.grad = None
 
     @torch.no_grad()
-    def _look(self, terms: ELBOTerms | None) -> Tensor:
-        """The loss, and the largest element of each gradient; Adam hears of what is not finite."""
+    def _look(self, terms: ELBOTerms) -> Tensor:
+        """The terms, and the largest element of each gradient; Adam hears of what is not finite."""
         gradients = [*self.weights.gradients, *(p.grad for p in self._parameters[1:] if p.grad is not None)]
-        loss = self._one if terms is None else terms.loss.detach().float()
-        largest = torch.stack([loss, *torch._foreach_norm(gradients, math.inf)])
+        row = torch.stack([t.detach().float() for t in (*terms, *torch._foreach_norm(gradients, math.inf))])
         if self.scaler is None:
             self._found.zero_()
-            # the scaler's own test, in one launch
-            torch._amp_foreach_non_finite_check_and_unscale_([largest], self._found, self._one)
+            # the scaler's own test, in one launch; a term may be infinite, and beta 0
+            looked_at = [row[:1], row[len(terms) :]]
+            torch._amp_foreach_non_finite_check_and_unscale_(looked_at, self._found, self._one)
             self.adam.found_inf = self._found  # type: ignore[attr-defined]
         else:
             # which makes a gradient not a number, as the scaler looks at these alone
-            self._parameters[0].grad[:1].add_(loss * 0)  # type: ignore[index]
-        return largest
+            self._parameters[0].grad[:1].add_(row[0] * 0)  # type: ignore[index]
+        return row
 
     def _applied(self) -> Tensor:
         """The steps that were applied, counted on the device."""
@@ -117,24 +135,24 @@ class FusedAdam:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1).nan_to_num(0.0)
         torch._foreach_mul_(gradients, factor)
 
-    def findings(self) -> list[Finding | None]:
-        """What was not finite in each step since the last call; waits for the device.
+    def findings(self, rows: Tensor | None = None) -> list[Finding | None]:
+        """What was not finite in the steps that gave these rows; waits for the device.
 
         With a scaler, gradients that overflow are no matter while there is a smaller scale to try.
         """
-        if not self._kept:
+        if rows is None:
             return []
-        kept, self._kept = self._kept, []
-        finite = torch.stack([largest for _, largest in kept]).isfinite().tolist()
         overflow = self.scaler is not None and self.scaler.get_scale() >= LEAST_SCALE
-        found: list[Finding | None] = []
-        for (terms, _), (of_loss, *of_gradients) in zip(kept, finite, strict=True):
-            if not of_loss:
-                found.append(finding_of(terms))
-            elif not all(of_gradients):
-                found.append(finding_of(terms, of_gradients.index(False), overflow))
-            else:
-                found.append(None)
+        n_terms = len(ELBOTerms._fields)
+        rows = rows.cpu()
+        finite = rows.isfinite()
+        finite[:, 1:n_terms] = True
+        found: list[Finding | None] = [None] * len(rows)
+        for i in finite.all(1).logical_not().nonzero().flatten().tolist():
+            terms, of_gradients = tuple(rows[i, :n_terms].tolist()), finite[i, n_terms:].tolist()
+            found[i] = Finding(terms)
+            if finite[i, 0]:
+                found[i] = Finding(terms, of_gradients.index(False), overflow)
         return found
 
     def tensors(self) -> dict[str, Tensor]:

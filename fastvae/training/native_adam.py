@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import _native
 from ..ops import ELBOTerms
 from ..ops.native import DTYPE_CODES
-from .adam import BETAS, EPS, LOG_VARIANCE_LR_FACTOR, averages_of, finding_of, named_averages, share_of_new
+from .adam import BETAS, EPS, LOG_VARIANCE_LR_FACTOR, averages_of, named_averages, share_of_new
 from .numbers import Finding
 from .weights import FlatWeights
 
@@ -56,20 +56,25 @@ class NativeAdam:
         """Compute the gradients of `loss`."""
         loss.backward()
 
-    def step(self, terms: ELBOTerms | None = None) -> None:
+    def step(self, terms: ELBOTerms | None = None) -> list[Tensor]:
         """Update the weights by their gradients; those without a gradient stay.
 
-        Where the loss or a gradient is not finite, nothing changes but the `findings`.
+        Where the loss or a gradient is not finite, nothing changes but the `findings`. Gives the terms.
         """
         finding = self._update(terms)
         self._findings.append(finding)
+        self.abandon()
+        return [] if terms is None else [term.detach() for term in terms]
+
+    def abandon(self) -> None:
+        """Forget the gradients."""
         for parameter in (*self.weights.leaves, *self.learned_by_loss):
             parameter.grad = None
 
     def _update(self, terms: ELBOTerms | None) -> Finding | None:
         """One step, unless something is not finite."""
         if terms is not None and not math.isfinite(terms.loss.item()):
-            return finding_of(terms)
+            return _finding(terms)
         leaves = self.weights.leaves
         parts: list[_Part] = []
         gradients = []
@@ -98,7 +103,7 @@ class NativeAdam:
         if self.clip_norm is None or not factor > 0:
             bad = _native.first_not_finite(parts + learned, threads)
             if bad < len(indices):
-                return finding_of(terms, indices[bad])
+                return _finding(terms, indices[bad])
         self.steps += 1
         average_new = 0.0 if self.ema_decay is None else share_of_new(self.ema_decay, self.steps)
         for group, lr, weight_decay in (
@@ -128,8 +133,8 @@ class NativeAdam:
             places.append((parameter.data_ptr(), mean.data_ptr(), square.data_ptr(), 0, code, average_at))
         return places
 
-    def findings(self) -> list[Finding | None]:
-        """What was not finite in each step since the last call."""
+    def findings(self, rows: Tensor | None = None) -> list[Finding | None]:
+        """What was not finite in each step since the last call, known without `rows`."""
         found, self._findings = self._findings, []
         return found
 
@@ -145,6 +150,10 @@ class NativeAdam:
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
         self.steps = int(tensors["steps"])
+
+
+def _finding(terms: ELBOTerms | None, parameter: int | None = None) -> Finding:
+    return Finding(() if terms is None else tuple(term.item() for term in terms), parameter)
 
 
 def _laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:

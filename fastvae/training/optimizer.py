@@ -7,7 +7,7 @@ difficulty of training recurrent neural networks".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -35,14 +35,21 @@ class Optimizer(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of `loss`."""
 
-    def step(self, terms: ELBOTerms | None = None) -> None:
+    def step(self, terms: ELBOTerms | None = None) -> Iterable[Tensor]:
         """Update the weights by their gradients, which are used up; `terms` are those of their loss.
 
-        Where the loss or a gradient is not finite, nothing changes but the `findings`.
+        Where the loss or a gradient is not finite, nothing changes. Gives what is to be kept of the step: the
+        terms, and after them what `findings` reads.
         """
 
-    def findings(self) -> list[Finding | None]:
-        """What was not finite in each step since the last call; waits for the device."""
+    def abandon(self) -> None:
+        """Forget a step that was begun and not ended: no gradients are there any more."""
+
+    def findings(self, rows: Tensor | None = None) -> list[Finding | None]:
+        """What was not finite in each step since the last call; waits for the device.
+
+        rows: what these steps gave, a row each; None where that is not needed.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, beside weights and options; what is no tensor in 0-d ones."""

@@ -1,9 +1,8 @@
-"""One training step, as fast as eager PyTorch goes: no host sync, few launches, few Python calls."""
+"""One training step: no host sync, few launches, few Python calls; on a GPU a single launch, as a graph."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,17 +14,19 @@ from ..models import Model
 from ..ops import ELBOTerms
 from ..ops.library import random_bits
 from .backward import Backward
-from .config import DEFAULT_MAX_SKIPPED, TrainConfig
+from .config import DEFAULT_MAX_SKIPPED, CUDAGraph, TrainConfig
 from .distributed import Ranks, Share
 from .extra import ExtraLoss
 from .gradient_sum import GradientSum
+from .graph import Capture, CUDACapture, Graphs
 from .native_adam import NativeAdam
 from .numbers import SkippedSteps
 from .optimizer import make_optimizer
 from .schedules import capacity_factor, kl_factor, lr_factor
+from .step_loss import check_sums_over_parts, of_all_ranks, with_own
+from .sums import TermSums
+from .tape import is_recordable
 from .weights import FlatWeights
-
-MOST_KEPT = 1000  # steps whose terms are kept before they are added up
 
 
 class TrainStep:
@@ -46,9 +47,12 @@ class TrainStep:
         step, counted from 0; None is 1. `loss` itself keeps its beta and capacity.
     extra_loss: a term to add, see `ExtraLoss`.
     ranks: that train together, each with a part of every batch; None is this process alone.
+    cuda_graph: on a GPU, capture the step and replay it, see `Graphs`. "auto" does where all is known to do
+        the same in each step, so not with code of your own; "always" takes your word for it.
     steps: how many were made, which is all the state that the schedules have.
-    count: the data trained on since `reset`.
+    sums: the averages of the terms since `reset`, once they were read.
     skipped: what is known of steps that were not applied.
+    graphs: the step as CUDA graphs; None where it runs as it is written.
     """
 
     def __init__(
@@ -71,11 +75,12 @@ class TrainStep:
         capacity_factor: Callable[[int], float] | None = None,
         extra_loss: Callable[..., Tensor] | None = None,
         ranks: Ranks | None = None,
+        cuda_graph: CUDAGraph = "auto",
     ) -> None:
         device = next(model.parameters()).device
         self.model = model
         if ranks is not None and ranks.size > 1:
-            loss = _of_all_ranks(loss, ranks, device)
+            loss = of_all_ranks(loss, ranks, device)
         self.loss = loss
         self.lr = lr
         self.steps = 0
@@ -83,10 +88,10 @@ class TrainStep:
         factors = {"beta": kl_factor, "capacity": capacity_factor}
         self._factors = {name: factor for name, factor in factors.items() if factor is not None}
         if self._factors:
-            self.loss = _with_own(loss, list(self._factors), device)
+            self.loss = with_own(loss, list(self._factors), device)
             self._full = {name: getattr(self.loss, name).clone() for name in self._factors}
         if accumulate > 1:
-            _check_sums_over_parts(loss)
+            check_sums_over_parts(loss)
         if channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         learned_by_loss = list(self.loss.parameters())
@@ -117,11 +122,11 @@ class TrainStep:
             extra=self.extra,
             records=isinstance(self.optimizer, NativeAdam) and not self._waits_for_ranks,
         )
-        self._kept: list[Tensor] = []
-        self._sizes: list[int] = []
-        # of the terms, and of the data whose terms are finite
-        self._sums = torch.zeros(len(ELBOTerms._fields) + 1, dtype=torch.float64, device=device)
-        self.count = 0
+        self.sums = TermSums(device)
+        self.graphs: Graphs | None = None
+        self._takes_word = cuda_graph == "always"
+        if device.type == "cuda" and cuda_graph != "never":
+            self.use_graphs(CUDACapture(device))
 
     @classmethod
     def from_config(
@@ -157,7 +162,13 @@ class TrainStep:
             capacity_factor=None if loss.capacity is None or config.capacity is None else capacity,
             extra_loss=extra_loss,
             ranks=ranks,
+            cuda_graph=config.cuda_graph,
         )
+
+    @property
+    def count(self) -> int:
+        """The data trained on since `reset`."""
+        return self.sums.count
 
     def __call__(self, x: Tensor, share: Share | None = None) -> None:
         """Train on x, float32 [B, *item] on the model's device. Raises NonFiniteError.
@@ -169,6 +180,18 @@ class TrainStep:
             self.optimizer.set_lr(self.lr * self._lr_factor(self.steps))
         for name, factor in self._factors.items():
             torch.mul(self._full[name], factor(self.steps), out=getattr(self.loss, name))
+        made = self._make(x, share) if self.graphs is None else self.graphs(self._make, x, share)
+        self.steps += 1
+        if self.sums.keep(made, share.batch):
+            self._read()
+        elif self._checks_each_step:
+            self._check()
+
+    def _make(self, x: Tensor, share: Share) -> Iterable[Tensor]:
+        """All of the step that is done on the device, where nothing is waited for; see Optimizer.step.
+
+        What changes from step to step, but for x, it reads from tensors that stay where they are.
+        """
         own: ELBOTerms | None = None
         if share.rows == 0 and self._sum is not None and not self._waits_for_ranks:
             random_bits(x.device)  # which the other ranks draw for the noise
@@ -176,16 +199,29 @@ class TrainStep:
             own = self.backward(x, share)
         terms = own if self._sum is None else self._sum(own)
         assert terms is not None  # who has no others makes its own
-        self.optimizer.step(terms)
-        self.steps += 1
-        # kept as they are until they are read, so that no step waits for the one before
-        self._kept += [term.detach() for term in terms]
-        self._sizes.append(share.batch)
-        self.count += share.batch
-        if len(self._sizes) == MOST_KEPT:
-            self._add_up()
-        if self._checks_each_step or not self._sizes:
-            self._check()
+        return self.optimizer.step(terms)
+
+    def use_graphs(self, capture: Capture) -> None:
+        """Capture the step from now on, where that is possible."""
+        extra = [] if self.extra is None else [self.extra.function]
+        modules = [part for part in (self.model, self.loss, *extra) if isinstance(part, nn.Module)]
+        self.graphs = Graphs(modules, capture, self.optimizer.abandon)
+        self.graphs.reset(self._why_not_captured())
+
+    def _why_not_captured(self) -> str | None:
+        """Why a graph would be wrong, if it would, as far as one can know beforehand."""
+        if self._sum is not None or self._waits_for_ranks:
+            return "several ranks train together"
+        if self.backward.checkpoint_activations:
+            return "checkpointing of activations looks at the state of a generator"
+        if self._takes_word:
+            return None
+        unknown = "has code that may do something else in the next step; if not: --cuda-graph always"
+        if self.extra is not None:
+            return f"the extra loss {unknown}"
+        if not is_recordable(self.model, self.loss):
+            return f"the model {unknown}"
+        return None
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -204,13 +240,10 @@ class TrainStep:
 
         Steps whose terms are not finite are left out. Raises NonFiniteError.
         """
-        self._add_up()
-        self._check()
+        self._read()
         if self.extra is not None:
             self.extra.gather()
-        loss, recon, kl, data = self._sums.tolist()
-        data = max(data, 1)
-        return loss / data, recon / data, kl / data
+        return self.sums.averages()
 
     def extra_average(self) -> dict[str, float]:
         """That of the extra loss since `reset`, by its name in the metrics; nothing where there is none."""
@@ -218,9 +251,8 @@ class TrainStep:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step and the averages depend on, beside weights, options and generators."""
-        self._add_up()
-        self._check()
-        state = {"sums": self._sums, "count": torch.tensor(self.count), "steps": torch.tensor(self.steps)}
+        self._read()
+        state = {**self.sums.tensors(), "steps": torch.tensor(self.steps)}
         state |= {f"skipped.{name}": t for name, t in self.skipped.tensors().items()}
         if self.extra is not None:
             state |= {f"extra.{name}": t for name, t in self.extra.tensors().items()}
@@ -236,72 +268,28 @@ class TrainStep:
         self.skipped.load_tensors(part("skipped."))
         self.weights.refresh_copies()
         self.reset()
+        if self.graphs is not None:
+            self.graphs.forget()
         if self.extra is not None:
             self.extra.load_tensors(part("extra."))
-        self._sums.copy_(tensors["sums"])
-        self.count = int(tensors["count"])
+        self.sums.load_tensors(tensors)
         self.steps = int(tensors["steps"])
 
     def reset(self) -> None:
         """Begin an epoch: new averages, and new tapes of a model that its owner may have changed."""
         self.backward.reset()
-        self._kept, self._sizes = [], []
-        self._sums.zero_()
-        self.count = 0
+        if self.graphs is not None:
+            self.graphs.reset(self._why_not_captured())
+        self.sums.reset()
         if self.extra is not None:
             self.extra.reset()
 
-    def _add_up(self) -> None:
-        """Add the terms that were kept to the sums."""
-        if not self._sizes:
-            return
-        sizes = torch.tensor(self._sizes, dtype=torch.float64).to(self._sums.device)
-        terms = torch.stack(self._kept).double().view(len(sizes), -1)
-        finite = terms.isfinite().all(1, keepdim=True)
-        counted = torch.where(finite, torch.cat((terms, torch.ones_like(terms[:, :1])), 1), 0.0)
-        self._sums += sizes @ counted
-        self._kept, self._sizes = [], []
+    def _read(self) -> None:
+        """Add up the terms, and hear of the steps that were not applied. Raises NonFiniteError."""
+        rows = self.sums.read()
+        if rows is not None:
+            self._check(rows)
 
-    def _check(self) -> None:
-        """Hear of the steps that were not applied. Raises NonFiniteError."""
-        findings = self.optimizer.findings()
+    def _check(self, rows: Tensor | None = None) -> None:
+        findings = self.optimizer.findings(rows)
         self.skipped.count(findings, self.steps - len(findings) + 1)
-
-
-def _check_sums_over_parts(loss: ELBOLoss) -> None:
-    """Raise ValueError unless the loss of a batch is a sum over its parts."""
-    spec = loss.spec
-    reductions = {spec.recon_reduction, spec.kl_reduction}
-    found = ""
-    if isinstance(loss.log_variance, str):
-        found = 'log_variance="batch"'
-    elif loss.capacity is not None:
-        found = "a capacity"
-    elif spec.free_bits is not None and spec.free_bits_form == "batch":
-        found = "free bits by batch"
-    elif "none" in reductions or ("sum" in reductions and len(reductions) > 1):
-        found = " and ".join(f'reduction "{reduction}"' for reduction in sorted(reductions))
-    if found:
-        raise ValueError(f"accumulate: given for a loss with {found}, expected one that adds up over parts")
-
-
-def _with_own(loss: ELBOLoss, names: list[str], device: torch.device) -> ELBOLoss:
-    """A copy of `loss` that shares its parameters and has buffers of its own with these names."""
-    shared = (*loss.parameters(), loss.process_group)
-    own = copy.deepcopy(loss, {id(value): value for value in shared})
-    for name in names:
-        value = torch.as_tensor(getattr(own, name), dtype=torch.float32, device=device).detach().clone()
-        delattr(own, name)
-        own.register_buffer(name, value, persistent=False)
-    return own
-
-
-def _of_all_ranks(loss: ELBOLoss, ranks: Ranks, device: torch.device) -> ELBOLoss:
-    """The loss, with the process group where it depends on the totals of a batch."""
-    by_free_bits = loss.spec.free_bits is not None and loss.spec.free_bits_form == "batch"
-    by_totals = by_free_bits or loss.capacity is not None or isinstance(loss.log_variance, str)
-    if loss.process_group is not None or not by_totals:
-        return loss
-    own = copy.copy(loss)  # with the same parameters and buffers
-    own.process_group = ranks.group(device)
-    return own

@@ -1,0 +1,385 @@
+"""The step as a graph, by a stand-in for CUDA's on a CPU: the same training, or eager where that is safer."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import gc
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from captures import CPUCapture, Watched
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastvae import VAE
+from fastvae.inference.evaluate import negative_elbo
+from fastvae.training import graph as graph_module
+from fastvae.training.config import TrainConfig
+from fastvae.training.fused_adam import FusedAdam
+from fastvae.training.graph import WARM_UPS
+from fastvae.training.step import TrainStep
+
+pytestmark = pytest.mark.usefixtures("seed")
+STEPS = 14
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("fastvae.training.optimizer.NativeAdam", FusedAdam)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    yield
+    torch.set_num_threads(threads)
+
+
+def mlp() -> VAE:
+    return VAE.mlp((12,), (8,), 4)
+
+
+def gaussian() -> VAE:
+    return VAE.mlp((12,), (8,), 4, likelihood="gaussian")
+
+
+def conv() -> VAE:
+    return VAE.conv((1, 8, 8), 2)
+
+
+class Noisy(nn.Module):
+    """Layers with a state and noise of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 8))
+        self.decoder = nn.Linear(4, 12)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+
+def batches(*item: int, seed: int = 0) -> list[Tensor]:
+    """Of two epochs and more, whose last batch is smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(20 if i % 3 else 7, *item, generator=generator) for i in range(1, STEPS + 1)]
+
+
+def trained(
+    make: Callable[[], nn.Module],
+    data: list[Tensor],
+    config: TrainConfig,
+    amp_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    captured: bool = True,
+    capture: CPUCapture | None = None,
+    extra_loss: Callable[..., Tensor] | None = None,
+) -> TrainStep:
+    """The step after a training on `data`: the same weights and noise each time, captured or not."""
+    torch.manual_seed(0)
+    model = make().to(device)
+    loss = negative_elbo(
+        model, config.beta, capacity=config.capacity, free_bits=config.free_bits,
+        free_bits_form=config.free_bits_form,
+    )  # fmt: skip
+    config = config if captured else config.replace(cuda_graph="never")
+    step = TrainStep.from_config(model, loss.to(device), config, STEPS, amp_dtype, extra_loss)
+    if captured and device == "cpu":
+        step.use_graphs(CPUCapture() if capture is None else capture)
+    torch.manual_seed(1)
+    run(step, data)
+    return step
+
+
+def run(step: TrainStep, data: list[Tensor]) -> None:
+    with Watched() if step.graphs is None and step.weights.flat.is_cpu else contextlib.nullcontext():
+        for x in data:
+            step(x.to(step.weights.flat.device))
+
+
+def assert_same(one: TrainStep, other: TrainStep) -> None:
+    """Both steps have left the same, bit for bit."""
+    assert one.averages() == other.averages()
+    assert one.skipped.total == other.skipped.total
+    assert one.steps == other.steps
+    tensors, others = one.tensors(), other.tensors()
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+    for (name, tensor), expected in zip(
+        one.model.state_dict().items(), other.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert torch.equal(one.weights.flat, other.weights.flat)
+
+
+CASES = {
+    "plain": (mlp, torch.bfloat16, {}),
+    "lr": (mlp, torch.float32, {"lr_schedule": "cosine", "lr_warmup_steps": 5, "optimizer": "adamw"}),
+    "beta": (
+        mlp,
+        torch.float32,
+        {"kl_warmup": "cyclical", "kl_warmup_steps": 4, "beta": 3.0, "clip_norm": 1.0},
+    ),
+    "capacity": (Noisy, torch.float32, {"capacity": 5.0, "capacity_steps": 9, "ema_decay": 0.9}),
+    "free bits": (mlp, torch.bfloat16, {"free_bits": 0.1, "kl_warmup": "linear", "ema_decay": 0.999}),
+    "parts": (mlp, torch.float32, {"accumulate": 2, "free_bits": 0.2, "free_bits_form": "element"}),
+    "learned variance": (gaussian, torch.float32, {"lr_warmup_steps": 20, "clip_norm": 10.0}),
+    "float16": (gaussian, torch.float16, {"clip_norm": 1.0, "ema_decay": 0.9, "lr_schedule": "cosine"}),
+    "conv": (conv, torch.bfloat16, {"channels_last": True, "optimizer": "adamw", "clip_norm": 1.0}),
+    "noise": (Noisy, torch.float32, {"accumulate": 2, "kl_warmup": "linear"}),
+}
+
+
+@pytest.mark.parametrize(("make", "amp_dtype", "options"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_captured_training_is_the_eager_one(device: str, make, amp_dtype, options, seed: int) -> None:
+    """With schedules, averages, clipping, uneven last batches, and a step that is not applied."""
+    config = TrainConfig(lr=1e-2, non_finite="skip", cuda_graph="always", **options)
+    data = batches(*((1, 8, 8) if make is conv else (12,)), seed=seed)
+    data[9][0] = math.inf
+    captured = trained(make, data, config, amp_dtype, device)
+    assert len(captured.graphs.captured) == 2
+    assert_same(captured, trained(make, data, config, amp_dtype, device, captured=False))
+    assert captured.skipped.total > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_noise_is_fresh_at_each_replay_and_comes_back_with_the_seed(device: str) -> None:
+    x = torch.rand(20, 12)
+    step = trained(mlp, [x] * (WARM_UPS + 1), TrainConfig(lr=1e-30), device=device)
+    recon = []
+    for seed in (1, None, 1):
+        if seed is not None:
+            torch.manual_seed(seed)
+        step.reset()
+        run(step, [x])
+        recon.append(step.averages()[1])
+    assert len(step.graphs.captured) == 1
+    assert recon[0] != recon[1]
+    assert recon[0] == recon[2]
+
+
+class Waits(Noisy):
+    """Looks at a number on the device in the middle of backward, when there are gradients already."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        z.register_hook(lambda g: g * (g.sum().item() == math.pi or 1))
+        return super().decode(z)
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_capture_that_fails_leaves_the_training_as_it_was(device, amp_dtype, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(
+        graph_module, "_noting_waits", lambda _: contextlib.nullcontext()
+    )  # which would see it
+    config = TrainConfig(lr=1e-2, cuda_graph="always", clip_norm=1.0, ema_decay=0.9, non_finite="skip")
+    data = batches(12)
+    failed = trained(Waits, data, config, amp_dtype, device)
+    assert failed.graphs.captured == {}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("the step is not captured as a CUDA graph: it could not be captured: ")
+    assert_same(failed, trained(Waits, data, config, amp_dtype, device, captured=False))
+    # and others can be captured
+    assert len(trained(mlp, data, config, amp_dtype, device).graphs.captured) == 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_that_waits_is_not_captured(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config, data = TrainConfig(lr=1e-2, cuda_graph="always"), batches(12)
+    step = trained(Waits, data, config, device=device, capture=CPUCapture(waits="net.py:7"))
+    assert step.graphs.captured == {}
+    assert_same(step, trained(Waits, data, config, device=device, captured=False))
+    step.reset()  # which does not say it again
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("the step is not captured as a CUDA graph: it waits for the GPU, in ")
+
+
+def extra(x_hat: Tensor, x: Tensor) -> Tensor:
+    return (x_hat - x).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "extra_loss", "why"),
+    [
+        (Noisy, {}, None, "the model has code that may do something else in the next step"),
+        (mlp, {}, extra, "the extra loss has code that may do something else in the next step"),
+        (mlp, {"checkpoint_activations": True}, None, "checkpointing of activations"),
+        (mlp, {"checkpoint_activations": True, "cuda_graph": "always"}, None, "checkpointing of activations"),
+    ],
+)
+def test_what_a_graph_might_get_wrong_stays_eager(make, options, extra_loss, why, capsys) -> None:
+    config = TrainConfig(**options)
+    step = trained(make, batches(12), config, extra_loss=extra_loss)
+    assert step.graphs.captured == {}
+    step.reset()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"the step is not captured as a CUDA graph: {why}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_extra_loss_of_ones_own_is_captured_on_request(device: str) -> None:
+    config, data = TrainConfig(lr=1e-2, cuda_graph="always"), batches(12)
+    captured, eager = (
+        trained(mlp, data, config, device=device, extra_loss=extra, captured=on) for on in (True, False)
+    )
+    assert len(captured.graphs.captured) == 2
+    assert_same(captured, eager)
+    assert captured.extra_average() == eager.extra_average() != {"train_extra": 0.0}
+
+
+def freeze(model: nn.Module) -> None:
+    model.encoder[0].bias.requires_grad_(False)
+
+
+def drop_less(model: nn.Module) -> None:
+    model.encoder[2].p = 0.1
+
+
+def hook(model: nn.Module) -> None:
+    model.decoder.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def evaluate(model: nn.Module) -> None:
+    model.eval()
+
+
+@pytest.mark.parametrize("change", [freeze, drop_less, hook, evaluate])
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_owner_may_change_the_model_between_epochs(device: str, change) -> None:
+    config, data = TrainConfig(lr=1e-2, cuda_graph="always"), batches(12)
+    steps = [trained(Noisy, data, config, device=device, captured=on) for on in (True, False)]
+    for step in steps:
+        torch.manual_seed(2)
+        change(step.model)
+        step.reset()
+        run(step, data)
+    assert len(steps[0].graphs.captured) == 2
+    assert_same(*steps)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_unchanged_model_keeps_its_graphs_over_epochs(device: str) -> None:
+    step = trained(mlp, batches(12), TrainConfig(), device=device)
+    before = dict(step.graphs.captured)
+    assert len(before) == 2
+    for _ in range(3):
+        step.model.eval()
+        step.model.train()
+        step.reset()
+        run(step, batches(12))
+    assert step.graphs.captured == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_captured_training_goes_on_from_a_checkpoint(device: str) -> None:
+    config = TrainConfig(lr=1e-2, kl_warmup="linear", kl_warmup_steps=20, ema_decay=0.9)
+    data = batches(12)
+    whole = trained(mlp, data + data, config, device=device)
+    first = trained(mlp, data, config, device=device)
+    generators = torch if device == "cpu" else torch.cuda
+    noise = generators.get_rng_state()
+    tensors = {name: t.clone() for name, t in first.tensors().items()}
+    weights = {name: t.clone() for name, t in first.model.state_dict().items()}
+    second = trained(mlp, data[::-1], config, device=device)  # whose graphs know other tensors
+    second.model.load_state_dict(weights)
+    second.load_tensors(tensors)
+    generators.set_rng_state(noise)
+    run(second, data)
+    assert len(second.graphs.captured) == 2
+    assert_same(whole, second)
+
+
+def test_what_a_graph_reads_stays_alive() -> None:
+    """A graph holds addresses: a tensor that nothing else holds would be gone when it is replayed."""
+    config = TrainConfig(lr=1e-2, lr_schedule="cosine", ema_decay=0.9, clip_norm=1.0, free_bits=0.1)
+    for amp_dtype in (torch.bfloat16, torch.float16):
+        step = trained(gaussian, batches(12), config, amp_dtype, capture=(capture := CPUCapture()))
+        read = [StorageWeakRef(t.untyped_storage()) for r in capture.recordings for t in r.given.values()]
+        assert len(read) > 20
+        for graph in step.graphs.captured.values():
+            graph._replay = None  # which holds the recording
+        capture.recordings.clear()
+        gc.collect()
+        assert not any(reference.expired() for reference in read)
+
+
+def test_kinds_of_batches_beyond_the_most_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_module, "MOST_GRAPHS", 1)
+    config, data = TrainConfig(lr=1e-2), batches(12)
+    captured = trained(mlp, data, config)
+    assert len(captured.graphs.captured) == 1
+    assert_same(captured, trained(mlp, data, config, captured=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [True, False])
+def test_nothing_in_a_step_waits_for_the_gpu(captured: bool) -> None:
+    config = TrainConfig(
+        lr_schedule="cosine", free_bits=0.1, clip_norm=1.0, ema_decay=0.9, kl_warmup="linear"
+    )
+    data = [torch.rand(20, 12, device="cuda")] * 10
+    step = trained(gaussian, data, config, torch.bfloat16, "cuda", captured)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x in data:
+            step(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_replay_is_one_launch_with_one_kernel_forward_and_one_backward_for_each_operator() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    x = torch.rand(20, 12, device="cuda")
+    step = trained(mlp, [x] * 10, TrainConfig(), torch.bfloat16, "cuda")
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step(x)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert names.count("cudaGraphLaunch") == 1
+    for operator in ("elbo_forward_kernel", "elbo_backward_kernel"):
+        assert names.count(operator) == 2  # of sample_and_kl, and of the loss
+
+
+def test_a_warm_up_notes_the_lines_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch says it, by a warning; those of other threads and of other things are not it."""
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait() -> None:
+        assert modes[-1] == "warn"
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally at x.cpp:1)", stacklevel=1)
+
+    done = threading.Event()
+    places: list[str] = []
+    shown: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        with graph_module._noting_waits(places):
+            wait()
+            thread = threading.Thread(target=wait)  # of a loader, say
+            thread.start()
+            thread.join()
+            _thread.start_new_thread(
+                lambda: (wait(), done.set()), ()
+            )  # one that is not Python's, of autograd
+            assert done.wait(60)
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+            wait()
+    assert modes[-1] == "default"
+    assert shown == ["something else"]
+    assert places == [f"{__file__}:{wait.__code__.co_firstlineno + 2}"] * 3
