@@ -176,7 +176,8 @@ def test_a_sum_is_not_kept_in_the_shape_of_another(seed: int) -> None:
 
     def sums(x: Tensor) -> tuple[Tensor, ...]:
         kept = x.sum(0, keepdim=True)
-        return kept.view(12), x.sum([1], keepdim=True).view(2, 4), kept.sum(-1, keepdim=True).view(3), kept * 2
+        row = kept.sum(-1, keepdim=True).view(3)
+        return kept.view(12), x.sum([1], keepdim=True).view(2, 4), row, kept * 2
 
     x, other = torch.randn(2, 2, 3, 4).unbind()
     outputs, tape = record(sums, x)
