@@ -234,6 +234,11 @@ def _data(*bad: int) -> np.ndarray:
     return data
 
 
+def _batches(data: np.ndarray, batch_size: int) -> list[torch.Tensor]:
+    """[batch_size, 12] each, in order; unlike a DataLoader's, they may be others after a resumption."""
+    return list(torch.from_numpy(data).split(batch_size))
+
+
 def _fit(data: np.ndarray, loader=DataLoader, resume: bool = False, **options) -> tuple[Trainer, list[dict]]:
     torch.manual_seed(1)
     config = TrainConfig(**{"epochs": 3, "device": "cpu"} | options)
@@ -247,13 +252,13 @@ def test_a_run_stops_with_step_term_and_checkpoint(tmp_path) -> None:
         r"checkpoint is .*step-0000000006\.safetensors; try a lower --lr than 0\.001, or --non-finite skip"
     )
     with pytest.raises(TrainingError, match=message):
-        _fit(_data(7), out=str(tmp_path), checkpoint_steps=3)
+        _fit(_data(7), _batches, out=str(tmp_path), checkpoint_steps=3)
     assert [path.name for path in checkpoints(tmp_path)] == [
         "step-0000000006.safetensors",
         "step-0000000003.safetensors",
     ]
-    whole, _ = _fit(_data())
-    resumed, _ = _fit(_data(), out=str(tmp_path), checkpoint_steps=3, resume=True)
+    whole, _ = _fit(_data(), _batches)
+    resumed, _ = _fit(_data(), _batches, out=str(tmp_path), checkpoint_steps=3, resume=True)
     assert torch.equal(whole.model.decoder.layers[0].weight, resumed.model.decoder.layers[0].weight)
 
 
@@ -280,11 +285,6 @@ def test_a_run_skips_and_counts(tmp_path, capsys) -> None:
     assert all(math.isfinite(row["train_loss"]) for row in rows)
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
     assert capsys.readouterr().out.count("step 2 is skipped: the reconstruction term is ") == 1
-
-
-def _batches(data: np.ndarray, batch_size: int) -> list[torch.Tensor]:
-    """[batch_size, 12] each, in order; unlike a DataLoader's, they may be others after a resumption."""
-    return list(torch.from_numpy(data).split(batch_size))
 
 
 class Stopping(list):
