@@ -1,8 +1,8 @@
 """ln p(x) by importance sampling, 784-400-20-400-784, 500 draws a datum, against loops that people write.
 
-A datum costs what any other does, so a part of a test set stands for all of it. The bare products are those
-of the decoder as it is, in pieces of the size at which they are fastest; fastvae needs fewer, as
-fastvae/inference/reach.py says.
+A datum costs what any other does, so a part of a test set stands for all of it; `-m slow` takes it whole. The
+bare products are those of the decoder as it is, in pieces of the size at which they are fastest; fastvae
+needs fewer, as fastvae/inference/reach.py says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import fastvae
+from fastvae.data import resolve
 from fastvae.inference import log_likelihood
 
 N, DRAWS = 300, 500
@@ -52,13 +53,13 @@ def by_distributions(model: fastvae.VAE, x: Tensor) -> Tensor:
     return torch.stack(bounds)
 
 
-def bare_products(device: str) -> Callable[[], None]:
+def bare_products(device: str, n: int = N) -> Callable[[], None]:
     rows = 1000 if device == "cpu" else 50_000
     z, h = torch.randn(rows, 20, device=device), torch.randn(rows, 400, device=device)
     first, last = torch.randn(20, 400, device=device), torch.randn(400, 784, device=device)
 
     def products() -> None:
-        for _ in range(N * DRAWS // rows):
+        for _ in range(n * DRAWS // rows):
             torch.mm(z, first)
             torch.mm(h, last)
 
@@ -87,4 +88,21 @@ def test_bench_evaluate(compare: Callable[..., None], device: str) -> None:
         rounds=ROUNDS,
         synchronize=torch.cuda.synchronize if device == "cuda" else lambda: None,
         samples=N * DRAWS,
+    )
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_bench_evaluate_of_a_test_set(compare: Callable[..., None]) -> None:
+    test = resolve("fashion-mnist").test
+    assert test is not None
+    model, loader = fastvae.VAE.mlp((1, 28, 28)).eval(), fastvae.DataLoader(test, 256)
+    compare(
+        f"ln p(x) of Fashion-MNIST's {test.n_samples:,} test images, {DRAWS} draws each, on cpu",
+        {
+            "fastvae": lambda: log_likelihood(model, loader, n_samples=DRAWS),
+            "the bare decoder products": bare_products("cpu", test.n_samples),
+        },
+        rounds=1,
+        samples=test.n_samples * DRAWS,
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
+from processes import run_python
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal
 
@@ -207,7 +209,7 @@ def test_turned_decoder_changes_no_bound(
     likelihood: str, variance: float | None, hidden: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of VAE.mlp, with one block of its triangle or with several."""
-    monkeypatch.setattr(reach, "_NARROWEST", 3)
+    monkeypatch.setattr(reach, "_BLOCK", 12)
     model = fastvae.VAE.mlp((4, 5, 6), hidden, 3, likelihood=likelihood, variance=variance)
     x = torch.rand(30, 4, 5, 6)
     assert type(decoder_of(model)) is TurnedDecoder
@@ -264,6 +266,29 @@ def test_memory_does_not_grow_with_the_samples() -> None:
     assert max(rows) <= 1024 + 50
     assert sum(rows) == 50 * 300
     assert min(rows[:-1]) > 900  # and few draws fill the machine as well as many
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc's malloc")
+def test_memory_is_kept_from_piece_to_piece() -> None:
+    """Without that each of the four pieces would fetch the pages of all activations, 30 MB and more."""
+    faults = run_python(
+        """
+        import resource
+        import torch
+        from fastvae import VAE
+        from fastvae.inference import log_likelihood
+
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+        model, x = VAE.conv((1, 28, 28), 2), torch.rand(100, 1, 28, 28)
+        log_likelihood(model, [x], n_samples=5)
+        before = faults()
+        log_likelihood(model, [x], n_samples=20)
+        print(faults() - before)
+        """
+    )
+    assert int(faults) < 10_000
 
 
 def test_leaves_model_and_generators_as_they_were() -> None:

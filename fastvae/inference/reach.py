@@ -19,8 +19,7 @@ from ..models import VAE
 from ..models.mlp import MLPDecoder
 from ..models.model import Model, likelihood_of, log_variance_of
 
-_BLOCKS = 4  # of R's rows; more would skip more of its zeros, in products that are too narrow
-_NARROWEST = 64
+_BLOCK = 64  # rows of R; fewer would skip more of its zeros, in products that are too narrow
 
 
 class Decoder:
@@ -49,9 +48,8 @@ class TurnedDecoder(Decoder):
         h: Tensor = self.hidden(z)
         n = h.shape[1]
         turned = h.new_empty(len(h), n)
-        step = max(_NARROWEST, math.ceil(n / _BLOCKS))
-        for i in range(0, n, step):  # R is 0 left of its diagonal
-            torch.mm(h[:, i:], self.r[i : i + step, i:].T, out=turned[:, i : i + step])
+        for i in range(0, n, _BLOCK):  # R is 0 left of its diagonal
+            torch.mm(h[:, i:], self.r[i : i + _BLOCK, i:].T, out=turned[:, i : i + _BLOCK])
         return turned
 
     def target(self, x: Tensor) -> tuple[Tensor, Tensor]:
