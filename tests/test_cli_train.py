@@ -205,6 +205,12 @@ def test_transforms_of_training_and_of_evaluation(tmp_path):
     assert torch.equal(torch.cat([x for x, _ in few.loader]), truth[np.searchsorted(rows, few.rows)])
 
 
+@pytest.mark.parametrize("options", [[], ["--binarize"]])
+def test_grey_data_under_bernoulli_may_be_binarized(options, typed, tmp_path):
+    train = "train --data digits --epochs 1 --hidden 8 --likelihood bernoulli --no-report --out".split()
+    assert ("--binarize draws 0 and 1" in typed(*train, tmp_path / "run", *options)) == (not options)
+
+
 @pytest.mark.parametrize("option", ["--hflip", "--crop-padding=2"])
 def test_features_cannot_be_flipped(tmp_path, option, capsys):
     path = _npy(tmp_path / "x.npy", np.zeros((50, 6), np.float32))

@@ -97,6 +97,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     model, latent_shape = build_model(config, own, val)
     config = config.replace(latent_dim=math.prod(latent_shape))
     _print_data(data, train, val, test)
+    _note_grey(config, val)
     trainer = Trainer(model, train, val, config=config, resume=resume)
 
     impl, impl_reason = resolve_impl("auto", trainer.device)
@@ -241,6 +242,18 @@ def _print_data(data: Dataset, train: DataLoader, val: DataLoader, test: DataLoa
         steps = ["log1p"] if data.train.log1p else []
         steps = [f"brought to a sum of {data.train.target:g}", *steps] if data.train.target else steps
         print(f"counts: {', '.join(steps)}")
+
+
+def _note_grey(config: TrainConfig, val: DataLoader) -> None:
+    """Say what else there is for values between 0 and 1 under a likelihood of 0 and 1."""
+    if config.likelihood != "bernoulli":
+        return
+    from ..inference.evaluate import x_of
+
+    x = x_of(next(iter(val)))
+    if not bool(((x == 0) | (x == 1)).all()):
+        what = "bernoulli takes values between 0 and 1 for probabilities, and is no density of them"
+        print(f"likelihood: {what}; --binarize draws 0 and 1 with them")
 
 
 def _check_unit_interval(source: Source) -> None:
