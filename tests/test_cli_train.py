@@ -207,8 +207,8 @@ def test_transforms_of_training_and_of_evaluation(tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["--binarize"]])
 def test_grey_data_under_bernoulli_may_be_binarized(options, typed, tmp_path):
-    train = "train --data digits --epochs 1 --hidden 8 --likelihood bernoulli --no-report --out".split()
-    assert ("--binarize draws 0 and 1" in typed(*train, tmp_path / "run", *options)) == (not options)
+    train = f"train --data digits --epochs 1 --hidden 8 --likelihood bernoulli --no-report --out {tmp_path}"
+    assert ("--binarize draws 0 and 1" in typed(*train.split(), *options)) == (not options)
 
 
 @pytest.mark.parametrize("option", ["--hflip", "--crop-padding=2"])
