@@ -461,6 +461,8 @@ def test_principal_components_of_many_latents(seed: int) -> None:
     projection = principal_plane(z.reshape(300, 4, 10))
     assert torch.equal(torch.random.get_rng_state(), state)
     _, spread, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
+    largest = projection.directions.abs().argmax(1)
+    assert (projection.directions[[0, 1], largest] > 0).all()
     cosines = (projection.directions * directions[:2]).sum(1).abs()
     torch.testing.assert_close(cosines, torch.ones(2).double(), rtol=0, atol=1e-4)
     for axis, share in zip(projection.axes, spread[:2].square() / spread.square().sum(), strict=True):

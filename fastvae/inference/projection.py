@@ -48,7 +48,7 @@ def principal_plane(z: Tensor) -> Projection:
     """The two directions in which z [N, *latent] varies most, by principal component analysis.
 
     The randomized one of Halko, Martinsson and Tropp 2011, with the same start each time: z may have
-    thousands of latents.
+    thousands of latents. The largest element of each direction is positive.
     """
     flat = z.flatten(1).double()
     mean = flat.mean(0)
@@ -57,12 +57,14 @@ def principal_plane(z: Tensor) -> Projection:
         torch.manual_seed(0)
         q = min(_SEARCHED, *centred.shape)
         _, spread, directions = torch.pca_lowrank(centred, q=q, center=False, niter=4)
+    directions = directions[:, :2].T
+    directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
     total = centred.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
     shares = (spread[:2].square() / total).tolist()
     axes = tuple(
         f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)
     )
-    return Projection(mean, directions[:, :2].T, axes, False)
+    return Projection(mean, directions, axes, False)
 
 
 def strips(values: Tensor, labels: npt.NDArray[np.int64] | None) -> Tensor:
