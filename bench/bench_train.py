@@ -20,13 +20,17 @@ from torch.utils.data import TensorDataset
 
 import fastvae
 from fastvae.data import DataError, resolve
+from fastvae.inference.evaluate import negative_elbo
 from fastvae.training.config import TrainConfig
 from fastvae.training.device import choose_amp_dtype
+from fastvae.training.step import TrainStep
 from fastvae.training.trainer import Trainer
 
 N, BATCH = 54_000, 128
 ROUNDS = 3
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+N_CONV = 32 * BATCH
+GPUS = ["cuda"] if torch.cuda.is_available() else []
+DEVICES = ["cpu", *GPUS]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,23 @@ def void(_: object) -> None:
     """A training's result is not of interest here."""
 
 
+def steps(
+    model: fastvae.VAE, batches: Callable[[], Iterator[Tensor]], device: str, **options: Any
+) -> Callable[[], None]:
+    """An epoch of the engine's steps without its loader."""
+    config, model = TrainConfig(amp=True, **options), model.to(device)
+    dtype, _ = choose_amp_dtype(torch.device(device), True)
+    step = TrainStep.from_config(model, negative_elbo(model), config, 1, dtype)
+
+    def epoch() -> None:
+        for x in batches():
+            step(x)
+        step.averages()
+        step.reset()
+
+    return epoch
+
+
 def torch_loader(images: Tensor) -> Iterator[Tensor]:
     for (x,) in TorchDataLoader(TensorDataset(images), BATCH, shuffle=True):
         yield x
@@ -62,10 +83,16 @@ def indexing(images: Tensor) -> Iterator[Tensor]:
 
 
 def by_hand(
-    batches: Callable[[], Iterator[Tensor]], device: str, *, amp: bool, fused: bool, compiled: bool = False
+    batches: Callable[[], Iterator[Tensor]],
+    device: str,
+    *,
+    amp: bool,
+    fused: bool,
+    compiled: str = "",
+    model: fastvae.VAE | None = None,
 ) -> Callable[[], None]:
-    """An epoch of the training loop as written in plain PyTorch."""
-    model = fastvae.VAE.mlp((784,)).to(device)
+    """An epoch of the training loop as written in plain PyTorch; `compiled` is a mode of torch.compile."""
+    model = (fastvae.VAE.mlp((784,)) if model is None else model).to(device)
     encoder, decoder = model.encoder, model.decoder
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
     dtype, _ = choose_amp_dtype(torch.device(device), amp)
@@ -81,7 +108,7 @@ def by_hand(
 
     if compiled:
         torch.compiler.reset()
-        loss = torch.compile(loss)
+        loss = torch.compile(loss, mode=compiled)
 
     def epoch() -> None:
         for x in batches():
@@ -133,12 +160,69 @@ def test_bench_train(compare: Callable[..., None], images: np.ndarray, device: s
                 lambda: torch_loader(x), device, amp=True, fused=True
             ),
             "torch.compile, amp, fused Adam, indexing": by_hand(
-                lambda: indexing(on_device), device, amp=True, fused=True, compiled=True
+                lambda: indexing(on_device), device, amp=True, fused=True, compiled="default"
             ),
             "the bare matrix products": bare_products(device),
         },
         rounds=ROUNDS,
         samples=N,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+@pytest.mark.parametrize("device", GPUS)
+def test_bench_step(compare: Callable[..., None], images: np.ndarray, device: str) -> None:
+    """With the data on the GPU: what a graph saves, and what torch.compile makes of the same step."""
+    x = torch.from_numpy(images).float() / 255
+    on_device = x.to(device)
+
+    def batches() -> Iterator[Tensor]:
+        return indexing(on_device)
+
+    compare(
+        f"steps of an epoch of {N:,} on {device}",
+        {
+            "fastvae, a CUDA graph": steps(fastvae.VAE.mlp((784,)), batches, device),
+            "fastvae, no graph": steps(fastvae.VAE.mlp((784,)), batches, device, cuda_graph="never"),
+            "eager loop, torch DataLoader": by_hand(lambda: torch_loader(x), device, amp=False, fused=False),
+            "torch.compile, reduce-overhead": by_hand(
+                batches, device, amp=True, fused=True, compiled="reduce-overhead"
+            ),
+        },
+        rounds=ROUNDS,
+        samples=N // BATCH * BATCH,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+@pytest.mark.parametrize("device", GPUS)
+def test_bench_conv_step(compare: Callable[..., None], device: str) -> None:
+    """A convolutional VAE at 64 x 64 in bf16, with the data on the GPU."""
+    x = torch.rand(N_CONV, 3, 64, 64, device=device)
+
+    def conv() -> fastvae.VAE:
+        return fastvae.VAE.conv((3, 64, 64))
+
+    def batches() -> Iterator[Tensor]:
+        return indexing(x)
+
+    def last() -> Iterator[Tensor]:
+        return (batch.contiguous(memory_format=torch.channels_last) for batch in indexing(x))
+
+    eager, compiled = conv(), conv()
+    for model in (eager, compiled):
+        model.to(memory_format=torch.channels_last)
+    compare(
+        f"steps of a convolutional VAE on {N_CONV:,} of 64 x 64 on {device}",
+        {
+            "fastvae, a CUDA graph": steps(conv(), batches, device, channels_last=True),
+            "eager loop, amp, channels_last": by_hand(last, device, amp=True, fused=True, model=eager),
+            "torch.compile, amp, channels_last": by_hand(
+                last, device, amp=True, fused=True, model=compiled, compiled="default"
+            ),
+        },
+        rounds=ROUNDS,
+        samples=N_CONV,
     )
 
 
