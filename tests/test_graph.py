@@ -9,6 +9,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fastvae.inference.evaluate import negative_elbo
 from fastvae.training import graph as graph_module
 from fastvae.training.config import TrainConfig
 from fastvae.training.fused_adam import FusedAdam
-from fastvae.training.graph import WARM_UPS
+from fastvae.training.graph import WARM_UPS, CaptureError, CUDACapture
 from fastvae.training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -383,3 +384,42 @@ def test_a_warm_up_notes_the_lines_that_wait(monkeypatch: pytest.MonkeyPatch) ->
     assert modes[-1] == "default"
     assert shown == ["something else"]
     assert places == [f"{__file__}:{wait.__code__.co_firstlineno + 2}"] * 3
+
+
+@pytest.mark.parametrize("where", ["the function", "the end of the capture", "nowhere"])
+def test_what_torch_is_asked_for_on_a_gpu(where: str) -> None:
+    """With torch.cuda replaced by what takes the same arguments: nothing is computed here."""
+    cuda, pool, noise = mock.create_autospec(torch.cuda), (0, 1), torch.arange(16, dtype=torch.uint8)
+    cuda.graph_pool_handle.return_value, cuda.get_rng_state.return_value = pool, noise
+    cuda.default_generators = [mock.Mock()]
+    cuda.graph.return_value.__exit__.return_value = False
+    if where == "the end of the capture":
+        cuda.graph.return_value.__exit__.side_effect = RuntimeError("failed due to a previous error")
+    made = (torch.ones(1),)
+
+    def function() -> tuple[Tensor, ...]:
+        if where != "nowhere":
+            raise ValueError("not when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+        return made
+
+    with (
+        mock.patch.object(torch, "cuda", cuda),
+        mock.patch.object(torch, "Generator") as generator,
+        mock.patch.object(torch._C, "_cuda_clearCublasWorkspaces", create=True) as clear,
+        mock.patch.object(torch._C, "_cuda_endAllocateToPool", create=True) as end,
+    ):
+        end.side_effect = RuntimeError("not allocating to it") if where == "the function" else None
+        capture = CUDACapture(torch.device("cuda", 0))
+        if where == "nowhere":
+            assert capture.capture(function) == (made, cuda.CUDAGraph.return_value.replay)
+            assert not generator.called
+            assert capture.warm_up(lambda: made, []) == made
+        else:
+            with pytest.raises(CaptureError, match=r"^not when stream is capturing$"):
+                capture.capture(function)
+            generator.return_value.set_state.assert_called_once_with(noise)
+            restored = cuda.default_generators[0].graphsafe_set_state
+            restored.assert_called_once_with(generator.return_value)
+            end.assert_called_once_with(0, pool)
+    clear.assert_called_once()
+    assert cuda.graph.call_args.args[1] == pool
