@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import gc
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,9 +14,10 @@ from unittest import mock
 
 import pytest
 import torch
-from captures import CPUCapture, Watched
+from captures import CPUCapture, Watched, tensors_of
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvae import VAE
 from fastvae.inference.evaluate import negative_elbo
@@ -74,6 +76,22 @@ def batches(*item: int, seed: int = 0) -> list[Tensor]:
     return [torch.rand(20 if i % 3 else 7, *item, generator=generator) for i in range(1, STEPS + 1)]
 
 
+def made_step(
+    make: Callable[[], nn.Module],
+    config: TrainConfig,
+    amp_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    extra_loss: Callable[..., Tensor] | None = None,
+) -> TrainStep:
+    torch.manual_seed(0)
+    model = make().to(device)
+    loss = negative_elbo(
+        model, config.beta, capacity=config.capacity, free_bits=config.free_bits,
+        free_bits_form=config.free_bits_form,
+    )  # fmt: skip
+    return TrainStep.from_config(model, loss.to(device), config, STEPS, amp_dtype, extra_loss)
+
+
 def trained(
     make: Callable[[], nn.Module],
     data: list[Tensor],
@@ -85,14 +103,8 @@ def trained(
     extra_loss: Callable[..., Tensor] | None = None,
 ) -> TrainStep:
     """The step after a training on `data`: the same weights and noise each time, captured or not."""
-    torch.manual_seed(0)
-    model = make().to(device)
-    loss = negative_elbo(
-        model, config.beta, capacity=config.capacity, free_bits=config.free_bits,
-        free_bits_form=config.free_bits_form,
-    )  # fmt: skip
     config = config if captured else config.replace(cuda_graph="never")
-    step = TrainStep.from_config(model, loss.to(device), config, STEPS, amp_dtype, extra_loss)
+    step = made_step(make, config, amp_dtype, device, extra_loss)
     if captured and device == "cpu":
         step.use_graphs(CPUCapture() if capture is None else capture)
     torch.manual_seed(1)
@@ -423,3 +435,33 @@ def test_what_torch_is_asked_for_on_a_gpu(where: str) -> None:
             end.assert_called_once_with(0, pool)
     clear.assert_called_once()
     assert cuda.graph.call_args.args[1] == pool
+
+
+class NothingOfTheHost(TorchDispatchMode):
+    """Notes operations with tensors on another device than meta, which has no numbers to look at either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = None if func is torch.ops.aten._fused_adamw_.tensor_lr else func(*args, **(kwargs or {}))
+        if not all(t.is_meta for t in tensors_of((args, kwargs, result))):
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("options", [options for _, _, options in CASES.values()], ids=CASES)
+def test_nothing_goes_between_host_and_device(options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not for meta
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda _: None)
+    config = TrainConfig(cuda_graph="never", **options)
+    step = made_step(gaussian, config, device="meta")
+    x = torch.rand(20, 12, device="meta")
+    with NothingOfTheHost() as mode:
+        for _ in range(2):  # the first one makes the optimizer's state
+            mode.found = []
+            step(x)
+    assert mode.found == []
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step.averages()  # which looks at numbers
