@@ -101,7 +101,8 @@ class FusedAdam:
     def _look(self, terms: ELBOTerms) -> Tensor:
         """The terms, and the largest element of each gradient; Adam hears of what is not finite."""
         gradients = [*self.weights.gradients, *(p.grad for p in self._parameters[1:] if p.grad is not None)]
-        row = torch.stack([t.detach().float() for t in (*terms, *torch._foreach_norm(gradients, math.inf))])
+        largest = torch._foreach_norm(gradients, math.inf)
+        row = torch.stack([*(term.detach().float() for term in terms), *largest])
         if self.scaler is None:
             self._found.zero_()
             # the scaler's own test, in one launch; a term may be infinite, and beta 0
