@@ -166,21 +166,49 @@ py::object start(const py::object& owner, std::uint64_t seed, std::uint64_t epoc
 }
 
 py::array_t<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed, std::uint64_t epoch,
-                                      const std::pair<std::int64_t, std::int64_t>& blocks) {
+                                      const std::pair<std::int64_t, std::int64_t>& blocks, std::int64_t first,
+                                      std::optional<std::int64_t> count) {
     if (n < 0) throw py::value_error("n is " + std::to_string(n) + ", expected at least 0");
+    if (first < 0 || first > n) {
+        throw py::value_error("first is " + std::to_string(first) + ", expected 0 to " + std::to_string(n));
+    }
+    const std::int64_t most = n - first;
+    if (count && (*count < 0 || *count > most)) {
+        throw py::value_error("count is " + std::to_string(*count) + ", expected 0 to " + std::to_string(most));
+    }
     const Order order = Order::shuffled(n, seed, epoch, blocks_of(blocks));
-    py::array_t<std::int64_t> result(n);
-    order.fill(0, n, result.mutable_data());
+    py::array_t<std::int64_t> result(count.value_or(most));
+    std::int64_t* const samples = result.mutable_data();
+    const py::gil_scoped_release unlocked;
+    order.fill(first, count.value_or(most), samples);
     return result;
+}
+
+// The memory of an array, which is kept as long as a batch lies there.
+LentMemory lent_memory(const py::array& memory) {
+    if (!py::isinstance<py::array_t<std::uint8_t>>(memory) || !is_plain(memory) || !memory.writeable()) {
+        throw py::type_error("memory is " + text(memory.dtype()) + ", expected contiguous, writable uint8");
+    }
+    constexpr std::uintptr_t line = 64;
+    if (reinterpret_cast<std::uintptr_t>(memory.data()) % line != 0) {
+        throw py::value_error("memory does not begin at a multiple of 64 bytes");
+    }
+    auto* const bytes = const_cast<std::byte*>(static_cast<const std::byte*>(memory.data()));
+    const std::shared_ptr<const py::array> owner(new py::array(memory), [](const py::array* array) {
+        const py::gil_scoped_acquire locked;
+        delete array;
+    });
+    return {bytes, static_cast<std::size_t>(memory.nbytes()), owner};
 }
 
 }  // namespace
 
 void bind_loader(py::module_& m) {
     m.def("epoch_order", &epoch_order, py::arg("n"), py::arg("seed"), py::arg("epoch"),
-          py::arg("blocks") = std::pair<std::int64_t, std::int64_t>{},
+          py::arg("blocks") = std::pair<std::int64_t, std::int64_t>{}, py::arg("first") = 0,
+          py::arg("count") = py::none(),
           "The shuffled order of an epoch: int64 [n], a permutation that depends on (n, seed, epoch, blocks) alone; "
-          "blocks: samples a block and blocks a window, (0, 0) for none.");
+          "blocks: samples a block and blocks a window, (0, 0) for none; first, count: a part of it.");
 
     py::class_<PyBatches>(m, "Batches", "One pass over the data; ends its threads when dropped.",
                           py::release_gil_before_calling_cpp_dtor())
@@ -197,6 +225,18 @@ void bind_loader(py::module_& m) {
         .def("__len__", &Loader::n_batches)
         .def_property_readonly("item_shape",
                                [](const Loader& self) { return py::tuple(py::cast(self.table().item_shape())); })
+        .def_property_readonly(
+            "indices",
+            [](const Loader& self) -> py::object {
+                const Table& table = self.table();
+                if (!table.indices) return py::none();
+                return py::array_t<std::int64_t>(table.n_samples, table.indices);
+            },
+            "The rows of its samples, int64 [n_samples], or None for all rows.")
+        .def_property_readonly("batch_bytes", &Loader::batch_bytes, "Bytes that a batch takes with its labels.")
+        .def(
+            "use", [](Loader& self, const py::array& memory) { self.use(lent_memory(memory)); }, py::arg("memory"),
+            "Has batches made in pieces of this memory, uint8 [pieces * batch_bytes]; elsewhere where all are in use.")
         .def("release", &Loader::release, "Frees the memory that no batch uses.")
         .def_property_readonly("position", &Loader::position,
                                "Batches delivered of the epoch of the pass that was started last.")

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
+#include <functional>
 #include <limits>
 #include <new>
 #include <stdexcept>
@@ -47,10 +48,20 @@ std::size_t bytes_of_x(const Table& table, std::int64_t batch_size) {
 
 }  // namespace
 
-void BufferPool::Free::operator()(std::byte* memory) const noexcept { std::free(memory); }
+void BufferPool::Free::operator()(std::byte* memory) const noexcept {
+    if (!lent) std::free(memory);
+}
 
-BufferPool::BufferPool(std::size_t bytes, std::size_t keep) : bytes_(bytes), keep_(keep), process_(getpid()) {
-    idle_.reserve(keep);
+BufferPool::BufferPool(std::size_t bytes, std::size_t keep, LentMemory lent)
+    : bytes_(bytes), keep_(keep), lent_(std::move(lent)), process_(getpid()) {
+    const std::size_t pieces = lent_.bytes / bytes_;
+    idle_.reserve(keep_ + pieces);
+    for (std::size_t i = 0; i < pieces; ++i) idle_.push_back(memory_at(lent_.data + i * bytes_));
+}
+
+BufferPool::Memory BufferPool::memory_at(std::byte* data) const noexcept {
+    const std::less_equal<const std::byte*> before;
+    return {data, Free{lent_.data != nullptr && before(lent_.data, data) && !before(lent_.data + lent_.bytes, data)}};
 }
 
 BufferPool::Memory BufferPool::allocate() const {
@@ -76,14 +87,14 @@ std::shared_ptr<std::byte> BufferPool::take() {
         }
     }
     if (!memory) memory = allocate();
-    return {memory.release(), [pool = shared_from_this()](std::byte* done) { pool->put(Memory(done)); }};
+    return {memory.release(), [pool = shared_from_this()](std::byte* done) { pool->put(pool->memory_at(done)); }};
 }
 
 void BufferPool::put(Memory memory) noexcept {
     // In a forked child the mutex may have been left locked by a thread that is gone.
     if (getpid() != process_) return;
     const std::scoped_lock lock(mutex_);
-    if (idle_.size() < keep_) idle_.push_back(std::move(memory));
+    if (memory.get_deleter().lent || idle_.size() < keep_) idle_.push_back(std::move(memory));
 }
 
 struct Batches::State {
@@ -333,11 +344,14 @@ Loader::Loader(const Table& table, std::int64_t batch_size, bool drop_last, int 
       workers_(workers),
       pool_(make_pool()) {}
 
-std::shared_ptr<BufferPool> Loader::make_pool() const {
-    const std::size_t bytes =
-        bytes_of_x(table_, batch_size_) + static_cast<std::size_t>(batch_size_) * sizeof(std::int64_t);
+std::size_t Loader::batch_bytes() const {
+    const std::size_t labels = static_cast<std::size_t>(batch_size_) * sizeof(std::int64_t);
+    return bytes_of_x(table_, batch_size_) + round_up(labels, kCacheLine);
+}
+
+std::shared_ptr<BufferPool> Loader::make_pool(LentMemory lent) const {
     // All slots, what each worker holds, and the two batches a training loop keeps alive.
-    return std::make_shared<BufferPool>(bytes, static_cast<std::size_t>(3 * workers_ + 3));
+    return std::make_shared<BufferPool>(batch_bytes(), static_cast<std::size_t>(3 * workers_ + 3), std::move(lent));
 }
 
 std::unique_ptr<Batches> Loader::start(const Order& order, std::uint64_t seed, std::uint64_t epoch,

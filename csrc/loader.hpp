@@ -11,6 +11,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "order.hpp"
@@ -29,26 +30,36 @@ struct Table {
     std::vector<std::int64_t> item_shape() const { return form.item_shape(rows->item_shape()); }
 };
 
+// Memory of somebody else, such as what a GPU reads without a copy between; `owner` keeps it.
+struct LentMemory {
+    std::byte* data = nullptr;
+    std::size_t bytes = 0;
+    std::shared_ptr<const void> owner;
+};
+
 // Equal pieces of aligned memory, recycled: a page that was touched once is not paid for again. A piece
-// returns when its last shared_ptr dies, also after the loader is gone.
+// returns when its last shared_ptr dies, also after the loader is gone. Lent memory is cut into pieces first.
 class BufferPool : public std::enable_shared_from_this<BufferPool> {
 public:
-    BufferPool(std::size_t bytes, std::size_t keep);
+    BufferPool(std::size_t bytes, std::size_t keep, LentMemory lent = {});
 
     std::shared_ptr<std::byte> take();
     pid_t process() const { return process_; }
 
 private:
     struct Free {
+        bool lent = false;
         void operator()(std::byte* memory) const noexcept;
     };
     using Memory = std::unique_ptr<std::byte, Free>;
 
     Memory allocate() const;
+    Memory memory_at(std::byte* data) const noexcept;
     void put(Memory memory) noexcept;
 
     const std::size_t bytes_;
     const std::size_t keep_;
+    const LentMemory lent_;
     const pid_t process_;
     std::mutex mutex_;
     std::vector<Memory> idle_;
@@ -128,6 +139,10 @@ public:
 
     std::int64_t n_batches() const { return n_batches_; }
     const Table& table() const { return table_; }
+    // Bytes that a batch takes with its labels.
+    std::size_t batch_bytes() const;
+    // Has batches made in pieces of this memory, as many as it holds at a time.
+    void use(LentMemory memory) { pool_ = make_pool(std::move(memory)); }
     // Frees the memory that no batch uses.
     void release() { pool_ = make_pool(); }
     const Meter& meter() const { return *meter_; }
@@ -138,7 +153,7 @@ public:
                                    std::int64_t first_batch, const Share& share);
 
 private:
-    std::shared_ptr<BufferPool> make_pool() const;
+    std::shared_ptr<BufferPool> make_pool(LentMemory lent = {}) const;
 
     const Table table_;
     const std::int64_t batch_size_;

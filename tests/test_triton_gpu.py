@@ -92,7 +92,7 @@ def device_events(run: Callable[[], object]) -> list[str]:
     return [event.name for event in profile.events() if event.device_type == cuda]
 
 
-@pytest.mark.parametrize("checks", ["elbo_checks.py", "rng_checks.py"])
+@pytest.mark.parametrize("checks", ["elbo_checks.py", "gather_checks.py", "rng_checks.py"])
 def test_numbers_on_the_gpu(checks: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     run_checks(checks, TRITON_INTERPRET="0", FASTVAE_CHECK_DEVICE="cuda")

@@ -6,7 +6,7 @@ import pytest
 from processes import run_checks
 
 
-@pytest.mark.parametrize("checks", ["elbo_checks.py", "rng_checks.py"])
+@pytest.mark.parametrize("checks", ["elbo_checks.py", "gather_checks.py", "rng_checks.py"])
 def test_the_kernels_in_the_interpreter(checks: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     # the interpreter computes with numpy, which warns where floats overflow or are NaN

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from .. import _native
 from .arrays import array_of, is_channels_last
+from .passes import CountedPass, Meter, Place, share
 from .source import DataError
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ class ItemLoader:
         self.n = n if indices is None else len(indices)
         self.batch_size = min(batch_size, max(1, self.n))
         self.drop_last = drop_last
-        self._pass: _Pass | None = None
-        self.totals = _Totals()
+        self._place, self._meter = Place(0), Meter()
         self.n_batches = self.n // batch_size + (not drop_last and self.n % batch_size != 0)
 
     @property
@@ -61,12 +60,11 @@ class ItemLoader:
 
     @property
     def position(self) -> int:
-        return 0 if self._pass is None else self._pass.position
+        return self._place.batch
 
     @property
-    def meter(self) -> tuple[int, int, int, float, float]:
-        totals = self.totals
-        return totals.batches, totals.samples, 0, totals.wait_seconds, totals.seconds
+    def meter(self) -> tuple[Any, ...]:
+        return astuple(self._meter)
 
     def release(self) -> None:
         """Nothing: no memory is kept."""
@@ -83,7 +81,7 @@ class ItemLoader:
         first_batch: int = 0,
         rank: int = 0,
         ranks: int = 1,
-    ) -> _Pass:
+    ) -> CountedPass:
         """The batches of an epoch, as those of `_native.Loader`. Raises DataError, which names the item."""
         source = self.source
         if source.iterable and shuffle:
@@ -98,8 +96,8 @@ class ItemLoader:
             shares = [_share(self._rows(k, chosen), rank, ranks) for k in range(first_batch, self.n_batches)]
             numbered = _Numbered(source.dataset)
             batches = TorchDataLoader(numbered, batch_sampler=shares, collate_fn=list, **options)
-        self._pass = _Pass(self, map(self._batch, batches), first_batch)
-        return self._pass
+        self._place = Place(first_batch)
+        return CountedPass(map(self._batch, batches), self._meter, self._place)
 
     def _rows(self, k: int, chosen: npt.NDArray[np.int64]) -> list[int]:
         rows: list[int] = chosen[k * self.batch_size : (k + 1) * self.batch_size].tolist()
@@ -144,46 +142,6 @@ class ItemLoader:
         return tensor.to(getattr(torch, self.dtype)).numpy()
 
 
-@dataclass
-class _Totals:
-    """What was delivered in all passes."""
-
-    batches: int = 0
-    samples: int = 0
-    wait_seconds: float = 0.0
-    seconds: float = 0.0
-
-
-class _Pass:
-    """An iterator over batches that counts them."""
-
-    def __init__(self, loader: ItemLoader, batches: Iterator[Any], first_batch: int) -> None:
-        self.position = first_batch
-        self._totals, self._batches, self._metered = loader.totals, batches, time.monotonic()
-        self._closed = False
-
-    def __iter__(self) -> _Pass:
-        return self
-
-    def __next__(self) -> Any:
-        if self._closed:
-            raise RuntimeError("the loader is closed, expected no more batches")
-        began = time.monotonic()
-        batch = next(self._batches)
-        now, totals = time.monotonic(), self._totals
-        self.position += 1
-        totals.batches += 1
-        totals.samples += len(batch[0] if isinstance(batch, tuple) else batch)
-        totals.wait_seconds += now - began
-        totals.seconds += now - self._metered
-        self._metered = now
-        return batch
-
-    def close(self) -> None:
-        """Ends torch's worker processes; no batch comes any more."""
-        self._closed, self._batches = True, iter(())
-
-
 class _Numbered(Dataset[tuple[int, Any]]):
     """The items of a dataset with their numbers, for messages."""
 
@@ -195,9 +153,8 @@ class _Numbered(Dataset[tuple[int, Any]]):
 
 
 def _share(rows: list[Any], rank: int, ranks: int) -> list[Any]:
-    """Those of a rank, as in the native loader: from ceil(rank B / ranks) on."""
-    begin, end = (-(-r * len(rows) // ranks) for r in (rank, rank + 1))
-    return rows[begin:end]
+    """Those of a rank."""
+    return rows[slice(*share(len(rows), rank, ranks))]
 
 
 def read_item(item: object, number: int, name: str) -> tuple[npt.NDArray[Any], int | None]:

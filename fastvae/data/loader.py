@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
@@ -14,23 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from . import arguments
+from .batching import Batching
+from .device import DevicePasses, passes_on
 from .mapped import sequential_blocks, shuffled_blocks, window_for
-from .memory import available_memory
-from .source import DataError, Source
 from .sources import SourceLike, as_source
 from .state import LoaderStats, check_same, fingerprint
-from .torch_datasets import DatasetSource
 from .transform import Transform
 
 Batch: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
-
-_DTYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.uint8: "uint8",
-}
-_MAX_WORKERS = 4  # a few threads reach the memory's rate
 
 
 class ShuffleWarning(UserWarning):
@@ -62,6 +52,13 @@ class DataLoader:
         once. None is all, but for a mapped file of more than half of the memory that this machine, or the
         container, has: then a ShuffleWarning tells the window, up to 256 MiB, and so does `note`.
     drop_last: leave out a last batch smaller than batch_size.
+    device: a CUDA device ("cuda") that batches are made on. Samples that fit into half of its free memory are
+        copied there when the first pass begins, as uint8 if that is what they are, and one kernel launch
+        makes a batch of them; other batches are made in pinned memory and copied two ahead, uint8 as such.
+        `note` says which. The batches are those of the host, to the last bit; a pass is read on one stream,
+        or on streams that wait for each other. None, or the CPU, is the host's memory.
+    pin_memory: put batches in the host's memory where a GPU can copy them from while it computes; a `device`
+        does without.
     num_workers: threads; 0 gathers in the calling thread, which is best for data in memory where all cores
         compute; None is half of this process's cores and at most 4. For a torch Dataset whose items Python
         makes they are torch's worker processes, and None is none.
@@ -83,6 +80,8 @@ class DataLoader:
         seed: int = 0,
         drop_last: bool = False,
         num_workers: int | None = None,
+        pin_memory: bool = False,
+        device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         transform: Transform | None = None,
         window: int | None = None,
@@ -90,60 +89,68 @@ class DataLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.batch_size = _integer("batch_size", batch_size, 1, 2**62)
+        self.batch_size = arguments.integer("batch_size", batch_size, 1, 2**62)
         self.shuffle = bool(shuffle)
-        self.seed = _integer("seed", seed, 0, 2**64 - 1)
+        self.seed = arguments.integer("seed", seed, 0, 2**64 - 1)
         self.drop_last = bool(drop_last)
         self._source = as_source(source)
-        self.num_workers = _workers(num_workers, self._source)
+        self.num_workers = arguments.workers(num_workers, self._source)
+        self.device = arguments.device(device)
+        self._pins = arguments.pins(pin_memory, self.device)
         self.dtype = dtype
         self.transform = transform
-        _check_form(self._source, dtype, transform)
+        arguments.check_form(self._source, dtype, transform)
         self._epoch = self._first_batch = 0
         self._begun: int | None = None  # the epoch of the pass that was begun last
         self._passes: WeakSet[Any] = WeakSet()
         self._closed = False
         self._fingerprint: str | None = None
         self.set_rank(rank, world_size)
-        chosen = None if indices is None else _indices(indices)
+        chosen = None if indices is None else arguments.indices(indices)
         self._n_samples = self._source.n_samples if chosen is None else len(chosen)
-        self.note: str | None = None
+        self._notes: dict[str, str] = {}
         self._window_is_given = window is not None
         self.window = self._window(window)
         self._indices = chosen
-        _check_memory(self._source, min(self.batch_size, self._n_samples))
-        self._native = self._make_native()
+        arguments.check_memory(self._source, min(self.batch_size, self._n_samples))
+        self._maker: Any = None  # of the passes: a native loader, or DevicePasses
+        self._make()
 
-    def _make_native(self) -> Any:
+    def _make(self) -> None:
+        self._maker = None  # which may hold half of a device's memory
+        if self.device.type == "cpu":
+            self._maker = self._batching.native()
+        else:
+            self._maker, self._notes["device"] = passes_on(self.device, self._batching)
+
+    @property
+    def _batching(self) -> Batching:
         indices = self._indices
         if indices is not None and self.window is not None:
             indices = np.sort(indices)  # blocks of them are to lie together
-        return self._source.loader(
+        return Batching(
+            self._source,
             indices,
-            batch_size=self.batch_size,
-            drop_last=self.drop_last,
-            workers=self.num_workers,
-            dtype=_DTYPES[self.dtype],
-            transform=None
-            if self.transform is None
-            else self.transform.native(self._source.dtype == np.uint8),
+            self.batch_size,
+            self.drop_last,
+            self.num_workers,
+            self.dtype,
+            self.transform,
         )
 
     def _window(self, given: int | None) -> int | None:
         """The samples to shuffle at a time, None for all; sets `note` where that is not what is asked for."""
         if given is not None:
-            given = _integer("window", given, 1, 2**62)
+            given = arguments.integer("window", given, 1, 2**62)
             return given if self.shuffle and given < self._n_samples else None
         if not self.shuffle or self._source.in_memory:
             return None
         window = window_for(self._n_samples, self._row_bytes)
         if window is not None:
             size = f"{self._n_samples * self._row_bytes / 1e9:,.1f} GB"
-            self.note = (
-                f"{self._source.name}: {size}, too much for the memory at once; shuffled in windows of "
-                f"{window:,} samples"
-            )
-            warnings.warn(f"{self.note}; window= sets another", ShuffleWarning, stacklevel=3)
+            note = f"{size}, too much for the memory at once; shuffled in windows of {window:,} samples"
+            self._notes["window"] = note
+            warnings.warn(f"{self._source.name}: {note}; window= sets another", ShuffleWarning, stacklevel=3)
         return window
 
     @property
@@ -158,6 +165,11 @@ class DataLoader:
         return (0, 0) if self.shuffle or self._source.in_memory else sequential_blocks(self._row_bytes)
 
     @property
+    def note(self) -> str | None:
+        """What was chosen for these data by itself, in one line: a window, and where on a device they are."""
+        return f"{self._source.name}: {'; '.join(self._notes.values())}" if self._notes else None
+
+    @property
     def n_samples(self) -> int:
         """Samples that a pass draws from: of the source, or of `indices`."""
         return self._n_samples
@@ -165,7 +177,7 @@ class DataLoader:
     @property
     def item_shape(self) -> tuple[int, ...]:
         """Shape of one sample of a batch, [C, H, W] for images."""
-        return tuple(self._native.item_shape)
+        return tuple(self._maker.item_shape)
 
     @property
     def has_labels(self) -> bool:
@@ -180,7 +192,7 @@ class DataLoader:
     @property
     def stats(self) -> LoaderStats:
         """What was delivered so far, and how long it was waited for."""
-        return LoaderStats(*self._native.meter)
+        return LoaderStats(*self._maker.meter)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the pass that was begun last stands, and of which data and options, for JSON.
@@ -190,7 +202,7 @@ class DataLoader:
         """
         epoch, batch = self._epoch, self._first_batch
         if self._begun is not None:
-            epoch, batch = self._begun, self._native.position
+            epoch, batch = self._begun, self._maker.position
             if batch == len(self):
                 epoch, batch = epoch + 1, 0
         return {"epoch": epoch, "batch": batch, **self._identity(), "window": self.window}
@@ -208,8 +220,8 @@ class DataLoader:
             check_same({**state, "window": window}, {"window": self.window})
         self.set_epoch(state["epoch"], state["batch"])
         if window != self.window:
-            self.window = None if window is None else _integer("window", window, 1, 2**62)
-            self._native = self._make_native()
+            self.window = None if window is None else arguments.integer("window", window, 1, 2**62)
+            self._make()
 
     def _identity(self) -> dict[str, Any]:
         """What a state has to have in common with this loader."""
@@ -234,7 +246,7 @@ class DataLoader:
         self._closed = True
         for batches in list(self._passes):
             batches.close()
-        self._native.release()
+        self._maker.release()
 
     def __enter__(self) -> DataLoader:
         return self
@@ -249,8 +261,8 @@ class DataLoader:
         is resumed in the middle of an epoch does not read what it has seen.
         """
         epoch, first_batch = (
-            _integer("epoch", epoch, 0, 2**62),
-            _integer("first_batch", first_batch, 0, len(self)),
+            arguments.integer("epoch", epoch, 0, 2**62),
+            arguments.integer("first_batch", first_batch, 0, len(self)),
         )
         self._epoch, self._first_batch, self._begun = epoch, first_batch, None
 
@@ -260,17 +272,33 @@ class DataLoader:
         Of B rows rank r has those from ceil(r B / world_size) to ceil((r + 1) B / world_size): a last batch
         of less than world_size rows leaves the last ranks with batches of 0 rows.
         """
-        self.world_size = _integer("world_size", world_size, 1, 2**31)
-        self.rank = _integer("rank", rank, 0, self.world_size - 1)
+        self.world_size = arguments.integer("world_size", world_size, 1, 2**31)
+        self.rank = arguments.integer("rank", rank, 0, self.world_size - 1)
 
     def __len__(self) -> int:
         """Batches in a pass, the same on all ranks."""
-        return len(self._native)
+        return len(self._maker)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._closed:
             raise RuntimeError("the loader is closed, expected no more passes")
-        batches = self._native.start(
+        return self._pass()
+
+    def into(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Iterator[Batch]:
+        """A pass as of `iter()`, but each batch is made in `x` and `y`, which a CUDA graph may read.
+
+        x: `dtype` [batch_size, *item_shape]; y: int64 [batch_size], where there are labels. Both lie on
+        `device`, a GPU, and are contiguous. What is yielded are their first rows, which the next batch
+        overwrites. Raises ValueError for other tensors.
+        """
+        if not isinstance(self._maker, DevicePasses):
+            raise ValueError(
+                f"the loader's device is {self.device}, expected a CUDA device for batches made in x"
+            )
+        return self._pass(out=self._maker.checked_out(x, y))
+
+    def _pass(self, **options: Any) -> Iterator[Batch]:
+        batches = self._maker.start(
             seed=self.seed,
             epoch=self._epoch,
             shuffle=self.shuffle,
@@ -278,70 +306,24 @@ class DataLoader:
             first_batch=self._first_batch,
             rank=self.rank,
             ranks=self.world_size,
+            **options,
         )
         self._begun, self._epoch, self._first_batch = self._epoch, self._epoch + 1, 0
         self._passes.add(batches)
+        if isinstance(self._maker, DevicePasses):
+            return iter(batches)
         tensor = _bfloat16 if self.dtype == torch.bfloat16 else torch.from_numpy
+        made: Iterator[Batch]
         if self.has_labels:
-            return ((tensor(x), torch.from_numpy(y)) for x, y in batches)
-        return map(tensor, batches)
+            made = ((tensor(x), torch.from_numpy(y)) for x, y in batches)
+        else:
+            made = map(tensor, batches)
+        return map(_pinned, made) if self._pins else made
 
 
 def _bfloat16(bits: npt.NDArray[np.int16]) -> torch.Tensor:
     return torch.from_numpy(bits).view(torch.bfloat16)
 
 
-def _check_form(source: Source, dtype: torch.dtype, transform: Transform | None) -> None:
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype}, expected torch.float32, bfloat16, float16 or uint8")
-    if dtype == torch.uint8 and source.dtype != np.uint8:
-        got = f"torch.uint8 for {source.name} of {source.dtype}"
-        raise ValueError(f"dtype is {got}, expected a floating point dtype")
-    if transform is None:
-        return
-    if dtype == torch.uint8 and transform.is_scaled:
-        raise ValueError("dtype is torch.uint8 with a transform of scale and shift, expected one of the two")
-    transform.check(source.item_shape)
-    if transform.binarize and source.dtype != np.uint8 and source.in_memory:
-        low, high = source.value_range()
-        if low < 0 or high > 1:
-            got = f"{source.name}: binarize of values from {low:g} to {high:g}"
-            raise DataError(f"{got}, expected probabilities, in [0, 1]")
-
-
-def _integer(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} is {value}, expected an integer")
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise TypeError(f"{name} is {value!r}, expected an integer") from error
-    if not low <= number <= high:
-        raise ValueError(f"{name} is {number}, expected {low} <= {name} <= {high}")
-    return number
-
-
-def _check_memory(source: Source, batch_size: int) -> None:
-    """Batches that can never be made would be found out late, or by the system, which ends the process."""
-    needed, free = batch_size * math.prod(source.item_shape) * 4, available_memory()
-    if needed > free:
-        got = f"a batch of {batch_size} samples {list(source.item_shape)} takes {needed} bytes"
-        raise DataError(f"{source.name}: {got}, more than the {free} that are free; use a smaller batch_size")
-
-
-def _workers(num_workers: int | None, source: Source) -> int:
-    if num_workers is not None:
-        return _integer("num_workers", num_workers, 0, 256)
-    if isinstance(source, DatasetSource):
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, which share the cores
-    return min(_MAX_WORKERS, cores // (2 * processes))
-
-
-def _indices(indices: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.int64]:
-    array = np.asarray(indices)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        got = f"{array.dtype} of shape {list(array.shape)}"
-        raise ValueError(f"indices is {got}, expected integers of shape [M]")
-    return np.array(array, dtype=np.int64)
+def _pinned(batch: Batch) -> Batch:
+    return (batch[0].pin_memory(), batch[1].pin_memory()) if isinstance(batch, tuple) else batch.pin_memory()

@@ -66,6 +66,11 @@ class Transform:
         """Whether samples must be images."""
         return self.hflip or self.crop is not None or self.padding > 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything can depend on chance."""
+        return self.moves or self.binarize
+
     def check(self, item_shape: tuple[int, ...]) -> None:
         """Raises ValueError where samples of this shape cannot be cropped or flipped so."""
         if not self.moves:
@@ -79,16 +84,21 @@ class Transform:
             padded = f"{height} x {width}, the size of the padded image"
             raise ValueError(f"crop is {self.crop[0]} x {self.crop[1]}, expected at most {padded}")
 
+    def affine(self, is_uint8: bool) -> tuple[float, float] | None:
+        """Scale and shift of samples of uint8 or of floats; None where they are not scaled."""
+        if not self.is_scaled:
+            return None
+        return self.scale if self.scale is not None else 1 / 255 if is_uint8 else 1.0, self.shift
+
     def native(self, is_uint8: bool) -> _native.Transform:
         """For the native loader, over samples of uint8 or of floats."""
-        scale = self.scale if self.scale is not None else 1 / 255 if is_uint8 else 1.0
         return _native.Transform(
             padding=self.padding,
             crop=self.crop,
             center=self.crop_at == "center",
             hflip=bool(self.hflip),
             binarize=bool(self.binarize),
-            affine=(scale, self.shift) if self.is_scaled else None,
+            affine=self.affine(is_uint8),
             fixed=bool(self.fixed),
         )
 

@@ -73,7 +73,8 @@ def moved(x: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -
         expected = "floating point, or uint8 for x / 255"
         raise ValueError(f"batches: got x of {str(x.dtype).removeprefix('torch.')}, expected {expected}")
     is_pixels = x.dtype == torch.uint8
-    x = x.to(device, non_blocking=True).to(dtype)
+    # a copy to the CPU that nobody waits for would be read before it is there
+    x = x.to(device, non_blocking=device.type != "cpu").to(dtype)
     return x / 255 if is_pixels else x
 
 

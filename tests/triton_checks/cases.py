@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from launches import Compiled, compile_for, record
 
+from fastvae.data import Transform
+from fastvae.data.gather import Gather
 from fastvae.ops import triton as launcher
 from fastvae.ops.types import Extents, Forward, Inputs, Needs, Reduction, ScaleForm, Spec
 
@@ -74,6 +76,32 @@ def sampling(batch: int, latents: int, *, samples: int = 1, dtype: torch.dtype =
     return call
 
 
+def gathered(
+    *item_shape: int,
+    dtype: torch.dtype = FP32,
+    x_dtype: torch.dtype = UINT8,
+    transform: Transform | None = None,
+    batch: int = 128,
+    first: int = 0,
+) -> Callable[[], None]:
+    """A batch of data on the device, with labels, of some samples of a source."""
+
+    def call() -> None:
+        form = Gather(item_shape, dtype, transform, is_uint8=x_dtype == UINT8, device=torch.device("cpu"))
+        rows, numbers, labels = torch.zeros(3, 1024, dtype=torch.int64)
+        out = torch.empty(batch, *form.item_shape, dtype=dtype)
+        data, labels_out = (
+            torch.empty(1024, *item_shape, dtype=x_dtype),
+            torch.empty(batch, dtype=torch.int64),
+        )
+        form(
+            data, out, rows=rows, first=first, key=form.key(3, 4), numbers=numbers, labels=labels,
+            labels_out=labels_out,
+        )  # fmt: skip
+
+    return call
+
+
 CASES: dict[str, Callable[[], None]] = {
     "mse small": elbo(128, 784, 20),
     "mse": elbo(1024, 784, 64),
@@ -102,6 +130,23 @@ CASES: dict[str, Callable[[], None]] = {
     "sample small": sampling(128, 20),
     "sample huge": sampling(64, 4096, samples=4),
     "sample bf16": sampling(1024, 64, dtype=BF16),
+    "gather": gathered(1, 28, 28),
+    "gather bf16": gathered(784, dtype=BF16),
+    "gather large": gathered(3, 64, 64),
+    "gather bytes": gathered(3, 64, 64, dtype=UINT8),
+    "gather floats": gathered(3072, dtype=BF16, x_dtype=FP32),
+    "gather odd": gathered(7),
+    "gather moved": gathered(3, 64, 64, transform=Transform(hflip=True, padding=4)),
+    "gather binarized": gathered(1, 28, 28, transform=Transform(binarize=True)),
+    "gather all": gathered(
+        3,
+        32,
+        32,
+        dtype=BF16,
+        x_dtype=FP32,
+        transform=Transform(hflip=True, padding=2, crop=(28, 28), binarize=True),
+    ),
+    "gather scaled": gathered(3, 64, 64, transform=Transform(scale=1 / 127.5, shift=-1.0)),
     "sample odd": sampling(64, 7, dtype=BF16),
 }
 

@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastvae.data import gather
 from fastvae.ops import triton as launcher
 
 _TYPES = {
@@ -24,7 +25,11 @@ _TYPES = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float64: "*fp64",
 }
+
+
+OPTIONS = ("num_warps", "enable_fp_fusion")  # of a launch, which are no arguments of the kernel
 
 
 @dataclass
@@ -64,14 +69,15 @@ def record(call: Any) -> list[Launch]:
         "latent_kl_kernel",
         "feature_scale_gradient_kernel",
     )
-    kernels = {name: getattr(launcher, name) for name in names}
+    kernels = [(launcher, name, getattr(launcher, name)) for name in names]
+    kernels.append((gather, "gather_kernel", gather.gather_kernel))
     try:
-        for name, kernel in kernels.items():
-            setattr(launcher, name, _Recorder(kernel, launches))
+        for module, name, kernel in kernels:
+            setattr(module, name, _Recorder(kernel, launches))
         call()
     finally:
-        for name, kernel in kernels.items():
-            setattr(launcher, name, kernel)
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
     return launches
 
 
@@ -102,7 +108,7 @@ def source(launch: Launch) -> ASTSource:
 def compile_for(launch: Launch, capability: int) -> Compiled:
     """Compile a recorded launch for one compute capability, and ask the cubin for its resources."""
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": launch.arguments["num_warps"]}
+    options = {name: launch.arguments[name] for name in OPTIONS if name in launch.arguments}
     kernel = triton.compile(source(launch), target=target, options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
