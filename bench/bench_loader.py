@@ -3,7 +3,8 @@
 Every opponent delivers the same thing, float32 batches of 128 scaled to 0..1, and is set up as well as it can
 be; of the variants of plain indexing, and of DataLoader, the fastest is the one that counts. Then rows of
 several kinds and sizes against the bandwidth of a plain copy of the same data by all threads: of the bytes
-that have to be moved, each element read once and written once.
+that have to be moved, each element read once and written once. The same on a GPU, where there is one, for
+data that are kept there; and what streaming to it adds to the time of a reader that computes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastvae.data import DataLoader, Transform
 Compare = Callable[..., None]
 N, D, BATCH = 60000, 784, 128
 FAST_ROUNDS, SLOW_ROUNDS = 15, 3
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def rows(n: int, bytes_of_row: int, dtype: torch.dtype) -> torch.Tensor:
 def converted(data: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """What plain indexing does for the same batches."""
     scale = 1 / 255 if data.dtype == torch.uint8 and dtype != torch.uint8 else None
-    for chosen in torch.randperm(len(data)).split(BATCH):
+    for chosen in torch.randperm(len(data), device=data.device).split(BATCH):
         batch = torch.index_select(data, 0, chosen)
         yield batch.to(dtype) if scale is None else batch.to(dtype).mul_(scale)
 
@@ -160,3 +162,73 @@ def test_bench_transforms(compare: Compare, data: torch.Tensor, name: str) -> No
 
     callables = {"fastvae": exhaust(lambda: iter(loader)), "index_select and torch": exhaust(in_torch)}
     compare(f"loader, {name}, uint8 [{N}, 28, 28] to float32", callables, rounds=SLOW_ROUNDS, samples=N)
+
+
+def on_gpu(data: torch.Tensor, dtype: torch.dtype) -> DataLoader:
+    loader = DataLoader(data, BATCH, shuffle=True, dtype=dtype, device="cuda")
+    order = torch.from_numpy(epoch_order(len(data), 0, 0))[:BATCH]
+    truth = data[order].to(dtype) if dtype == data.dtype else (data[order].float() / 255).to(dtype)
+    assert torch.equal(next(iter(loader)).cpu(), truth)
+    return loader
+
+
+@needs_gpu
+@pytest.mark.parametrize("bytes_of_row", [D, 12288, 196608])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
+def test_bench_kept_on_cuda(compare: Compare, bytes_of_row: int, dtype: torch.dtype) -> None:
+    """Whole passes; a copy on the GPU moves the same bytes as one of them."""
+    data = rows(max(4096, 2**28 // bytes_of_row), bytes_of_row, torch.uint8)
+    loader, there = on_gpu(data, dtype), data.cuda()
+    assert "kept on" in str(loader.note)
+    moved = data.numel() * (1 + dtype.itemsize)
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+    copy = torch.empty_like(source)
+    compare(
+        f"loader on a GPU, rows of {bytes_of_row:,} bytes, uint8 to {str(dtype).removeprefix('torch.')}",
+        {
+            "fastvae": exhaust(lambda: iter(loader)),
+            "index_select": exhaust(lambda: converted(there, dtype)),
+            "copy": lambda: copy.copy_(source),
+        },
+        rounds=FAST_ROUNDS,
+        synchronize=torch.cuda.synchronize,
+        traffic={"fastvae": moved, "index_select": moved, "copy": moved},
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("bytes_of_row", [D, 12288])
+def test_bench_streamed_to_cuda(
+    compare: Compare, bytes_of_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass of batches that something longer than their copies is computed with, against that alone."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1))  # keeps nothing
+    data = rows(16384, bytes_of_row, torch.uint8)
+    loader = on_gpu(data, torch.float32)
+    assert "streamed to" in str(loader.note)
+    batch, matrix = torch.rand(BATCH, bytes_of_row, device="cuda"), torch.rand(4096, 4096, device="cuda")
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return (matrix @ matrix) + x.sum()
+
+    def loop(batches: Iterator[torch.Tensor]) -> None:
+        for x in batches:
+            step(x)
+
+    compare(
+        f"a step of a product of matrices, batches of rows of {bytes_of_row:,} bytes streamed to the GPU",
+        {
+            "fastvae": lambda: loop(iter(loader)),
+            "the same batch again": lambda: loop(iter([batch] * len(loader))),
+            "DataLoader(pin_memory)": lambda: loop(torch_batches(data)),
+        },
+        rounds=SLOW_ROUNDS,
+        synchronize=torch.cuda.synchronize,
+        samples=len(data),
+    )
+
+
+def torch_batches(data: torch.Tensor) -> Iterator[torch.Tensor]:
+    loader = TorchDataLoader(TensorDataset(data), BATCH, shuffle=True, num_workers=2, pin_memory=True)
+    for (x,) in loader:
+        yield x.to("cuda", non_blocking=True).float() / 255

@@ -22,6 +22,7 @@ from .options import add_train_options, given_options, train_config
 from .runs import as_counts, workers
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ..data import DataLoader, Dataset, Source
@@ -92,7 +93,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
         data=config.data or data.name, likelihood=likelihood_of_run(config, data.name, own), out=str(out)
     )
     data, config = _counted(data, config)
-    train, val, test = _loaders(config, data, on_gpu=device.type != "cpu")
+    train, val, test = _loaders(config, data, device)
     torch.manual_seed(config.seed)
     model, latent_shape = build_model(config, own, val)
     config = config.replace(latent_dim=math.prod(latent_shape))
@@ -182,9 +183,9 @@ def _counted(data: Dataset, config: TrainConfig) -> tuple[Dataset, TrainConfig]:
 
 
 def _loaders(
-    config: TrainConfig, data: Dataset, on_gpu: bool
+    config: TrainConfig, data: Dataset, device: torch.device
 ) -> tuple[DataLoader, DataLoader, DataLoader | None]:
-    """The loaders of training, validation and test data."""
+    """The loaders of training, validation and test data, with batches on `device`."""
     from ..data import DataError, DataLoader, ShuffleWarning, open_source, split
     from ..training import transforms
 
@@ -200,8 +201,8 @@ def _loaders(
         for source in (data.train, val_source, data.test):
             if source is not None:
                 _check_unit_interval(source)
-    num_workers = workers(data.train, on_gpu)
-    loader = partial(DataLoader, seed=config.seed, num_workers=num_workers)
+    num_workers = workers(data.train, device.type != "cpu")
+    loader = partial(DataLoader, seed=config.seed, num_workers=num_workers, device=device)
     evaluated = partial(loader, batch_size=EVALUATED, transform=transforms.of_evaluation(config))
     try:
         with warnings.catch_warnings():
