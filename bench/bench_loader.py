@@ -198,9 +198,7 @@ def test_bench_kept_on_cuda(compare: Compare, bytes_of_row: int, dtype: torch.dt
 
 @needs_gpu
 @pytest.mark.parametrize("bytes_of_row", [D, 12288])
-def test_bench_streamed_to_cuda(
-    compare: Compare, bytes_of_row: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_streamed_to_cuda(compare: Compare, bytes_of_row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass of batches that something longer than their copies is computed with, against that alone."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1))  # keeps nothing
     data = rows(16384, bytes_of_row, torch.uint8)
