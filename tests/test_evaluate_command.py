@@ -18,11 +18,13 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from fastvae import VAE, DataLoader, load
+from fastvae.cli.evaluate import _notes
 from fastvae.data import Transform, split
 from fastvae.inference.aggregate import AggregatePosterior
 from fastvae.inference.importance import EvaluationError, log_likelihood
 from fastvae.inference.judge import dequantized, judge
 from fastvae.models.files import WEIGHTS_NAME, save_weights
+from fastvae.training.config import TrainConfig
 from fastvae.training.run_folder import prepare_run_folder
 
 SEED = 3
@@ -154,6 +156,25 @@ def test_table_shows_what_was_computed(evaluate: Callable[..., str], runs: Calla
         f"mean squared error {f['mean_squared_error']:.5g} a value, {f['squared_error']:.5g} a datum ",
     ):
         assert shown in text
+
+
+def test_notes_are_of_what_a_reader_should_know(runs: Callable[[str], Path]) -> None:
+    model, x = load(runs("gaussian")), validation(SEED)
+    figures = judge(model, [x], n_samples=200, levels=16).figures()
+    plain = TrainConfig()
+    assert _notes(figures, plain) == []
+    for config, changed, note in (
+        (plain, {"effective_samples": 3.9}, "3.9 of 200 draws have nearly all the weight"),
+        (plain, {"mutual_information": math.log(180) - 0.4}, "I(x; z) is near ln 180 = 5.19, the most"),
+        (plain, {"bits_per_dimension": None}, "no bits per dimension"),
+        (TrainConfig(beta=2), {}, "trained with beta 2, evaluated at beta 1"),
+        (TrainConfig(free_bits=0.5), {}, "trained with free bits 0.5, evaluated without"),
+        (TrainConfig(capacity=3), {}, "trained with capacity 3, evaluated without"),
+    ):
+        (said,) = _notes({**figures, **changed}, config)
+        assert said.startswith(note)
+    assert _notes({**figures, "effective_samples": 4.1}, plain) == []
+    assert _notes({**figures, "mutual_information": math.log(180) - 0.6}, plain) == []
 
 
 def test_nothing_depends_on_the_batch_size(evaluate: Callable[..., str]) -> None:

@@ -8,13 +8,12 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..training.config import ConfigError
+from ..training.config import ConfigError, TrainConfig
 from .arguments import add_run_command, add_run_options, positive
 from .runs import open_data, open_run, track
 
 if TYPE_CHECKING:
     from ..inference.importance import EvaluationError
-    from .runs import Run
 
 PIXEL_LEVELS = 255  # pixels are k / 255
 SHOWN = 20  # latents in the table; all are in evaluation.json
@@ -98,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         "binarized": binarize,
         **judgement.figures(),
     }
-    figures["notes"] = _notes(figures, opened)
+    figures["notes"] = _notes(figures, opened.config)
     if arguments.json:
         print(json.dumps(figures, indent=2, allow_nan=False))
     else:
@@ -120,13 +119,13 @@ def _of_the_command_line(error: EvaluationError) -> Exception:
     return error
 
 
-def _notes(figures: dict[str, Any], opened: Run) -> list[str]:
+def _notes(figures: dict[str, Any], config: TrainConfig) -> list[str]:
     """What a reader of the figures should know of them."""
     notes = []
-    config, beta = opened.config, opened.config.beta
-    if beta != 1:
+    if config.beta != 1:
         notes.append(
-            f"trained with beta {beta:g}, evaluated at beta 1: this ELBO is not what the training maximised"
+            f"trained with beta {config.beta:g}, evaluated at beta 1: this ELBO is not what the training "
+            "maximised"
         )
     for option, value in (("free_bits", config.free_bits), ("capacity", config.capacity)):
         if value is not None:

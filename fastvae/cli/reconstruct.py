@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         terms = reconstruction_terms(opened.model, track(data.loader, "reconstructing"))
         order = terms.argsort(descending=arguments.worst, stable=True)
         chosen, which = order[:n].tolist(), "the worst" if arguments.worst else "the best"
-        captions = [f"{terms[i]:.4g}" for i in chosen]
+        captions = [f"{terms[i]:#.4g}".rstrip(".") for i in chosen]
     batches = data.batches(chosen)
     x = torch.cat(batches)
     z = encode(opened.model, batches)
