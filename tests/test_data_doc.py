@@ -25,4 +25,4 @@ def test_it_runs_as_it_stands(tmp_path: Path) -> None:
             done = run(["bash", "-c", command], tmp_path)
             assert done.returncode == 0, done.stdout
             assert_printed(told, done.stdout)
-    assert {kind: kinds.count(kind) for kind in kinds} == {"python": 2, "sh": 4}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"python": 3, "sh": 4}

@@ -53,9 +53,9 @@ class Gather:
         self._pieces = triton.cdiv(features, block)
         self._constants = {
             "PLANES": planes, "HEIGHT": height, "WIDTH": width,
-            "CROP_HEIGHT": crop_height, "CROP_WIDTH": crop_width,
-            "PADDING": transform.padding, "CENTER": transform.crop_at == "center", "HFLIP": transform.hflip,
-            "BINARIZE": transform.binarize, "BLOCK": block, "num_warps": max(1, block // (32 * each)),
+            "CROP_HEIGHT": crop_height, "CROP_WIDTH": crop_width, "PADDING": int(transform.padding),
+            "CENTER": transform.crop_at == "center", "HFLIP": bool(transform.hflip),
+            "BINARIZE": bool(transform.binarize), "BLOCK": block, "num_warps": max(1, block // (32 * each)),
             # a product and a sum in float64 round as two, as they do on the host
             "enable_fp_fusion": False,
         }  # fmt: skip

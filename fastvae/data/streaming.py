@@ -14,6 +14,7 @@ from .transfers import Copies, carried
 from .transform import Transform
 
 AHEAD = 2  # batches on the way to the device
+_PINNED = 1 << 30  # bytes of pinned memory at the most; beyond it, batches are pinned by another copy
 
 
 def sent(wanted: Batching) -> Batching:
@@ -39,17 +40,24 @@ class Streaming(DevicePasses):
             given = wanted.transform or Transform()
             scaling = Transform(scale=given.scale, shift=given.shift)
             self._gather = Gather(self.item_shape, wanted.dtype, scaling, is_uint8=True, device=device)
-        if isinstance(self._native, _native.Loader):
-            # in the loader's slots and the hands of its workers; and on the way, with the next one
-            batches = 3 * wanted.workers + 1 + AHEAD + 2
-            self._native.use(copies.pinned(batches * self._native.batch_bytes).numpy())
+        self._is_pinned = not isinstance(self._native, _native.Loader)  # what Python makes lies where it will
 
     def release(self) -> None:
         self._native.release()
 
     def _batches(self, which: Epoch, out: Tensors | None) -> Iterator[Tensors]:
+        if not self._is_pinned:
+            self._pin()
         hosts = (tensors_of(batch, self._dtype) for batch in self._native.start(**asdict(which)))
         return self._made(carried(hosts, self._copies, AHEAD), out)
+
+    def _pin(self) -> None:
+        """Has batches made in pinned memory: what is ready, in workers' hands, on the way, and the next."""
+        batches, bytes_of_batch = 3 * self._wanted.workers + 1 + AHEAD + 2, self._native.batch_bytes
+        self._native.use(
+            self._copies.pinned(min(batches, _PINNED // bytes_of_batch) * bytes_of_batch).numpy()
+        )
+        self._is_pinned = True
 
     def _made(self, batches: Iterator[Tensors], out: Tensors | None) -> Iterator[Tensors]:
         for sent_x, *sent_y in batches:

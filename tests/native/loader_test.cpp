@@ -133,6 +133,34 @@ void batches_that_outlive_their_loader() {
     for (const Batch& batch : kept) check_batch(batch);
 }
 
+void lent_memory() {
+    const Numbered data;
+    const auto lend = [](Loader& loader, std::size_t pieces) {
+        // what is lent has an owner, whose end the sanitizer sees
+        const std::size_t bytes = pieces * loader.batch_bytes();
+        const std::shared_ptr<std::byte> memory(static_cast<std::byte*>(std::aligned_alloc(64, bytes)), std::free);
+        loader.use({memory.get(), bytes, memory});
+        return memory.get();
+    };
+    std::vector<Batch> kept;
+    for (int workers = 0; workers <= 3; ++workers) {
+        Loader loader(data.table(), kBatch, false, workers);
+        for (std::uint64_t epoch = 0; epoch < 4; ++epoch) {
+            const std::byte* const memory = lend(loader, 4);
+            std::size_t inside = 0;
+            const auto batches = begin(loader, epoch);
+            while (auto batch = batches->next()) {
+                check_batch(*batch);
+                inside += batch->memory.get() >= memory && batch->memory.get() < memory + 4 * loader.batch_bytes();
+                if (kept.size() < 20) kept.push_back(std::move(*batch));  // from many pieces of memory
+            }
+            CHECK(inside > 0);
+        }
+        loader.release();
+    }
+    for (const Batch& batch : kept) check_batch(batch);
+}
+
 void failures() {
     for (int workers = 0; workers <= 3; ++workers) {
         for (std::int64_t at = 0; at < kRows; at += 29) {
@@ -237,6 +265,7 @@ int main() {
     whole_passes();
     passes_that_are_left();
     batches_that_outlive_their_loader();
+    lent_memory();
     failures();
     several_readers();
     closed_by_another();

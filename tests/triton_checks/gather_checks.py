@@ -20,8 +20,10 @@ import triton
 from fastvae.kernels.gather import is_on
 from torch import Tensor
 
+from fastvae import _native
 from fastvae.data import DataLoader, ShapeSource, Transform, counts, resident
 from fastvae.data.device import DevicePasses, passes_on
+from fastvae.data.gather import Gather
 from fastvae.data.resident import Resident
 from fastvae.data.streaming import Streaming
 from fastvae.data.transfers import CudaCopies
@@ -189,6 +191,37 @@ def test_a_draw_is_decided_exactly() -> None:
             out = torch.zeros((), dtype=torch.uint8, device=DEVICE)
             _is_on_kernel[(1,)](x, torch.tensor(word, device=DEVICE), out)
             assert bool(out.item()) == (Fraction(word, 2**32) < exact), (x, word)
+
+
+def test_the_last_digit_decides(seed: int) -> None:
+    """Pixels that are just below and just above the 32 bits that they are compared to."""
+    n, key = 5000, _native.transform_key(seed, 0, False)
+    digits = np.empty((4, -(-n // 256) * 256), np.uint8)
+    for digit in range(4):
+        blocks = [
+            _native.philox((i, digit + 1, 0, 0), (key & 0xFFFFFFFF, key >> 32))
+            for i in range(-(-n // 256) * 16)
+        ]
+        # [256 pixels, word, block, byte]
+        digits[digit] = (
+            np.array(blocks, "<u4").view(np.uint8).reshape(-1, 16, 4, 4).transpose(0, 2, 1, 3).ravel()
+        )
+    words = digits[:, :n].T.astype(np.int64) @ [1 << 24, 1 << 16, 1 << 8, 1]
+    above = np.arange(n) % 2
+    x = ((words + above) / 2**32).astype(np.float32)
+    exact = words < 2**24  # and so is x
+    assert exact.any()
+    loader = on_device(DataLoader(x[None], seed=seed, transform=Transform(binarize=True)), Resident)
+    ((drawn,),) = pairs(loader)
+    assert np.array_equal(drawn[0].cpu().numpy()[exact], above[exact])
+    check(Resident, x[None], seed=seed, transform=Transform(binarize=True))
+
+
+def test_keys_are_int64() -> None:
+    form = Gather((3,), FP32, None, is_uint8=True, device=DEVICE)
+    keys = [form.key(seed, 1) for seed in range(64)]
+    assert [key % 2**64 for key in keys] == [_native.transform_key(seed, 1, False) for seed in range(64)]
+    assert -(2**63) <= min(keys) < 0 < max(keys) < 2**63
 
 
 FLAT = np.arange(29 * 3, dtype=np.uint8).reshape(29, 3)
