@@ -326,6 +326,23 @@ def test_what_a_graph_reads_stays_alive() -> None:
         assert not any(reference.expired() for reference in read)
 
 
+def test_tickets_of_graphs_stay_when_all_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph keeps the address of a ticket, and nothing else of it."""
+    triton = pytest.importorskip("fastvae.ops.triton", reason="triton is not installed")
+    monkeypatch.setattr(triton, "_stream_tickets", {})
+    monkeypatch.setattr(triton, "_graph_tickets", {})
+    monkeypatch.setattr(triton, "_KEPT_FOR_GRAPHS", 2)
+    device = torch.device("cpu")
+    triton._ticket(device)
+    addresses = [triton._graph_ticket(device).data_ptr() for _ in range(2)]
+    assert addresses[0] != addresses[1]
+    kept = StorageWeakRef(triton._graph_tickets[device][0].untyped_storage())
+    for _ in range(3):
+        assert triton._graph_ticket(device).data_ptr() not in addresses
+    gc.collect()
+    assert not kept.expired()
+
+
 def test_kinds_of_batches_beyond_the_most_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_module, "MOST_GRAPHS", 1)
     config, data = TrainConfig(lr=1e-2), batches(12)

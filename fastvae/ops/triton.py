@@ -336,7 +336,7 @@ def _processors(device: torch.device) -> int:
 # Integer tickets, all zero between launches. Launches on one stream follow each other and share one; a launch
 # recorded into a CUDA graph may be replayed on any stream beside others, and keeps one for itself.
 _stream_tickets: dict[tuple[torch.device, int], Tensor] = {}
-_graph_tickets: dict[torch.device, Iterator[Tensor]] = {}
+_graph_tickets: dict[torch.device, tuple[Tensor, Iterator[int]]] = {}  # and the places that are free
 _KEPT_FOR_GRAPHS = 4096
 
 
@@ -351,12 +351,15 @@ def _ticket(device: torch.device) -> Tensor:
         ticket = _stream_tickets[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
         if device not in _graph_tickets:
             kept = torch.zeros(_KEPT_FOR_GRAPHS, dtype=torch.int32, device=device)
-            _graph_tickets[device] = (kept[i : i + 1] for i in range(_KEPT_FOR_GRAPHS))
+            _graph_tickets[device] = kept, iter(range(_KEPT_FOR_GRAPHS))
     return ticket
 
 
 def _graph_ticket(device: torch.device) -> Tensor:
-    ticket = next(_graph_tickets.get(device, iter(())), None)
+    if device in _graph_tickets:
+        kept, free = _graph_tickets[device]
+        for i in free:
+            return kept[i : i + 1]
     # One made during the capture is set to zero by each replay: right, and one more node in the graph. It
     # comes to this where no launch went before the capture, or where all that were kept are taken.
-    return torch.zeros(1, dtype=torch.int32, device=device) if ticket is None else ticket
+    return torch.zeros(1, dtype=torch.int32, device=device)
