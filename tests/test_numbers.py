@@ -178,6 +178,35 @@ def test_elsewhere_than_on_a_cpu_it_is_found_when_the_averages_are_read() -> Non
         step.averages()
 
 
+@pytest.mark.parametrize("kind", ["native", "fused", "scaled"])
+@pytest.mark.parametrize("tape", [True, False])
+def test_running_statistics_are_those_of_steps_that_were_applied(kind, tape, seed) -> None:
+    torch.manual_seed(seed)
+    model = VAE.mlp((12,), (8,), 2)
+    model.decoder = nn.Sequential(model.decoder, nn.BatchNorm1d(12))
+    amp_dtype = torch.float16 if kind == "scaled" else torch.bfloat16
+    step = TrainStep(model, ELBOLoss(), amp_dtype=amp_dtype, max_skipped=1000)
+    if kind == "fused":
+        step.optimizer = FusedAdam(step.weights, [], 1e-3, 0.0)
+    if kind != "native" or not tape:
+        step.backward.tapes = None
+    x = torch.rand(20, 12)
+    for _ in range(20):  # of which some overflow in float16
+        step(x)
+    norm = model.decoder[1]
+    before = [buffer.clone() for buffer in norm.buffers()]
+    assert 0 < norm.num_batches_tracked <= 20
+    bad = x.clone()
+    bad[3, 4] = random.choice(NOT_FINITE)
+    step(bad)
+    for buffer, expected in zip(norm.buffers(), before, strict=True):
+        assert torch.equal(buffer, expected)
+    step(x)
+    assert norm.num_batches_tracked == before[2] + 1
+    assert norm.running_mean.isfinite().all()
+    assert not torch.equal(norm.running_mean, before[0])
+
+
 def test_float16_retries_with_a_smaller_scale_until_there_is_none() -> None:
     model, root = _rooted()
     x = torch.rand(20, 12)

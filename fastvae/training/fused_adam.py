@@ -46,6 +46,7 @@ class FusedAdam:
         self.adam = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
         self.scaler = torch.amp.GradScaler(device.type) if weights.is_half else None
         self._found, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        self.applied: Tensor = self._one
         self.ema_decay = ema_decay
         self.averages = [] if ema_decay is None else averages_of(weights, learned_by_loss)
 
@@ -70,7 +71,7 @@ class FusedAdam:
             if self.scaler is not None:
                 self.scaler.unscale_(self.adam)
             self._clip(self.clip_norm)
-        applied = None if self.ema_decay is None else self._applied().clone()
+        before = self._steps().clone()
         for group in self.adam.param_groups:  # torch asks to be told; a fused Adam does the same either way
             group["capturable"] = self._on_gpu and torch.cuda.is_current_stream_capturing()
         if self.scaler is None:
@@ -78,8 +79,9 @@ class FusedAdam:
         else:
             self.scaler.step(self.adam)
             self.scaler.update()
-        if applied is not None:
-            self._average(self._applied() - applied)
+        self.applied = self._steps() - before
+        if self.ema_decay is not None:
+            self._average(self.ema_decay)
         self.weights.refresh_copies()
         self._drop_gradients()
         return [row]
@@ -114,17 +116,16 @@ class FusedAdam:
             self._parameters[0].grad[:1].add_(row[0] * 0)  # type: ignore[index]
         return row
 
-    def _applied(self) -> Tensor:
+    def _steps(self) -> Tensor:
         """The steps that were applied, counted on the device."""
         state = self.adam.state.get(self.weights.flat)
         found: Tensor = state["step"] if state else torch.zeros_like(self._one)
         return found
 
     @torch.no_grad()
-    def _average(self, applied: Tensor) -> None:
-        """Take the weights into their averages; `applied` is 1, or 0 where the last step was not applied."""
-        assert self.ema_decay is not None
-        share = applied * share_of_new(self.ema_decay, self._applied())
+    def _average(self, decay: float) -> None:
+        """Take the weights into their averages, if the last step was applied."""
+        share = self.applied * share_of_new(decay, self._steps())
         for weights, average in self.averages:
             average.lerp_(weights, share)
 

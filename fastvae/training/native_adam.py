@@ -42,6 +42,7 @@ class NativeAdam:
         self.clip_norm = clip_norm
         self.steps = 0
         self._findings: list[Finding | None] = []
+        self.applied = True
         self.mean, self.square = (torch.zeros_like(weights.flat.detach()) for _ in range(2))
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in learned_by_loss]
         self.ema_decay = ema_decay
@@ -63,6 +64,7 @@ class NativeAdam:
         """
         finding = self._update(terms)
         self._findings.append(finding)
+        self.applied = finding is None
         self.abandon()
         return [] if terms is None else [term.detach() for term in terms]
 

@@ -29,6 +29,10 @@ class Optimizer(Protocol):
 
     averages: list[tuple[Tensor, Tensor]]
 
+    @property
+    def applied(self) -> Tensor | bool:
+        """Whether the last step was; a number on the device, 1 or 0, where that would be waited for."""
+
     def set_lr(self, lr: float) -> None:
         """Use another learning rate from the next `step` on."""
 

@@ -14,6 +14,7 @@ from ..models import Model
 from ..ops import ELBOTerms
 from ..ops.library import random_bits
 from .backward import Backward
+from .buffers import Buffers
 from .config import DEFAULT_MAX_SKIPPED, CUDAGraph, TrainConfig
 from .distributed import Ranks, Share
 from .extra import ExtraLoss
@@ -122,6 +123,7 @@ class TrainStep:
             extra=self.extra,
             records=isinstance(self.optimizer, NativeAdam) and not self._waits_for_ranks,
         )
+        self._buffers = Buffers(model)
         self.sums = TermSums(device)
         self.graphs: Graphs | None = None
         self._takes_word = cuda_graph == "always"
@@ -192,6 +194,7 @@ class TrainStep:
 
         What changes from step to step, but for x, it reads from tensors that stay where they are.
         """
+        self._buffers.keep()
         own: ELBOTerms | None = None
         if share.rows == 0 and self._sum is not None and not self._waits_for_ranks:
             random_bits(x.device)  # which the other ranks draw for the noise
@@ -199,7 +202,9 @@ class TrainStep:
             own = self.backward(x, share)
         terms = own if self._sum is None else self._sum(own)
         assert terms is not None  # who has no others makes its own
-        return self.optimizer.step(terms)
+        made = self.optimizer.step(terms)
+        self._buffers.settle(self.optimizer.applied)
+        return made
 
     def use_graphs(self, capture: Capture) -> None:
         """Capture the step from now on, where that is possible."""
@@ -277,6 +282,7 @@ class TrainStep:
 
     def reset(self) -> None:
         """Begin an epoch: new averages, and new tapes of a model that its owner may have changed."""
+        self._buffers.refresh()
         self.backward.reset()
         if self.graphs is not None:
             self.graphs.reset(self._why_not_captured())

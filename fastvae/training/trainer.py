@@ -68,11 +68,11 @@ class Trainer:
         [B, *latent], that its signature has, under autocast with `amp`, and gives a scalar; `train_extra` in
         the metrics is its average. A module is moved to the device. Its parameters are not trained here; its
         buffers and those parameters that require gradients are kept in the checkpoints.
-    config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, device, seed; with `out`
-        also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one every
-        `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors; `image_epochs`
-        (reconstructions are of the first validation data), `weights_epochs` and `tensorboard`. The other
-        options describe what is given here.
+    config: epochs, patience, lr, optimizer and what goes with them, kl_warmup, amp, cuda_graph, device, seed;
+        with `out` also the folder that gets train.toml, config.json, metrics.jsonl and checkpoints/, one
+        every `checkpoint_steps` and one at the end of each epoch, and in the end model.safetensors;
+        `image_epochs` (reconstructions are of the first validation data), `weights_epochs` and `tensorboard`.
+        The other options describe what is given here.
     resume: go on with the run that is in `out`, from its newest checkpoint.
     callbacks: what else is told of the training, see `fastvae.Callback`.
 
