@@ -9,7 +9,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from torch import Tensor
 from fastvae.data.batching import Batching, tensors_of
 from fastvae.data.source import Source
 from fastvae.data.sources import as_source
-from fastvae.data.transfers import carried
+from fastvae.data.transfers import CudaCopies, carried
 
 
 @dataclass
@@ -119,6 +121,48 @@ def test_nothing_is_overwritten_before_it_is_read(hurry: float, ahead: int, work
         xs, ys = map(torch.cat, zip(*got, strict=True))
         assert sorted(ys.tolist()) == list(range(103))
         assert torch.equal(xs, torch.from_numpy(x)[ys])
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_what_torch_is_asked_for_on_a_gpu(pinned: bool) -> None:
+    """With torch.cuda replaced by what takes the same arguments, and the host's memory as the device's."""
+    cuda, empty, device = mock.create_autospec(torch.cuda), torch.empty, torch.device("cuda", 0)
+    event = torch.cuda.Event
+    cuda.Stream.return_value = stream = mock.create_autospec(torch.cuda.Stream, instance=True)
+    cuda.current_stream.return_value = current = mock.create_autospec(torch.cuda.Stream, instance=True)
+    cuda.Event.side_effect = lambda **_: mock.create_autospec(event, instance=True)
+    asked = []
+
+    def on_the_host(*shape: Any, device: Any = None, pin_memory: bool = False, **options: Any) -> Tensor:
+        asked.append((device, pin_memory))
+        return empty(*shape, **options)
+
+    pinnings, recorded = [], []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinnings.append(tensor)
+        return tensor.clone()
+
+    items = [(torch.full((4, 3), i), torch.full((4,), i)) for i in range(7)]
+    with (
+        mock.patch.object(torch, "cuda", cuda),
+        mock.patch.object(torch, "empty", on_the_host),
+        mock.patch.object(Tensor, "is_pinned", return_value=pinned),
+        mock.patch.object(Tensor, "pin_memory", pin),
+        mock.patch.object(Tensor, "record_stream", lambda _, stream: recorded.append(stream)),
+    ):
+        copies = CudaCopies(device)
+        assert copies.pinned(64).nbytes == 64
+        got = [(x.clone(), y.clone()) for x, y in carried(iter(items), copies, ahead=2)]
+    assert all(map(torch.equal, chain(*got), chain(*items)))
+    assert asked == [(None, True), *[(device, False)] * 6]
+    assert recorded == [stream] * 6
+    assert len(pinnings) == (0 if pinned else 14)
+    assert len(stream.wait_event.call_args_list) == len(current.wait_event.call_args_list) == 7
+    for copied in (call.args[0] for call in current.wait_event.call_args_list):
+        copied.record.assert_called_once_with(stream)
+    for read in (call.args[0] for call in stream.wait_event.call_args_list):
+        read.record.assert_called_once_with(current)
 
 
 def lending(pieces: int, workers: int = 0) -> tuple[Any, Tensor]:
