@@ -196,6 +196,7 @@ def test_mse_is_a_density_of_variance_one_half(
     expected = log_likelihood(gaussian, [x], n_samples=10, seed=SEED)
     assert figures["log_likelihood"] == pytest.approx(expected.estimate, rel=1e-6)
     assert figures["elbo"] == pytest.approx(expected.elbo.mean().item(), rel=1e-6)
+    assert figures["beta_of_training"] == 4
     beta, constant, bits = figures["notes"][:3]
     assert beta.startswith("trained with beta 4, evaluated at beta 1")
     assert f"{32 * math.log(math.pi):.2f} nats" in constant
