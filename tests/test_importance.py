@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
+import platform
 
 import pytest
 import torch
@@ -268,7 +268,7 @@ def test_memory_does_not_grow_with_the_samples() -> None:
     assert min(rows[:-1]) > 900  # and few draws fill the machine as well as many
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc's malloc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
 def test_memory_is_kept_from_piece_to_piece() -> None:
     """Without that each of the four pieces would fetch the pages of all activations, 30 MB and more."""
     faults = run_python(
