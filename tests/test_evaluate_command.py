@@ -234,6 +234,15 @@ def test_values_are_drawn_as_the_loader_draws_them(
     assert figures["bits_per_dimension"] == pytest.approx(bits)
 
 
+def test_a_run_on_binarized_data_is_evaluated_on_such(
+    train: Callable[..., Path], typed: Callable[..., str]
+) -> None:
+    run = train(f"{OPTIONS} --binarize")
+    figures = [json.loads(typed("evaluate", run, "--json", *more)) for more in ([], ["--binarize"])]
+    assert figures[0] == figures[1]
+    assert figures[0]["binarized"]
+
+
 def test_dequantized_data_have_bits_per_dimension(evaluate: Callable[..., str]) -> None:
     figures = json.loads(evaluate("gaussian", "--dequantize", 16, "--json", "--importance-samples", 5))
     bits = -figures["log_likelihood"] / 64 / math.log(2) + 4

@@ -72,10 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
     from ..models.model import likelihood_of
     from ..training.run_folder import EVALUATION_NAME
 
-    likelihood, levels, binarize = likelihood_of(opened.model), arguments.dequantize, arguments.binarize
-    if levels is not None and (likelihood == "bernoulli" or binarize):
-        got = "given with --binarize" if binarize else "got it for a bernoulli likelihood"
-        raise ConfigError("dequantize", f"{got}, expected a likelihood with a density, and no --binarize")
+    levels, binarize = arguments.dequantize, arguments.binarize or opened.config.binarize
+    if levels is not None and (binarize or likelihood_of(opened.model) == "bernoulli"):
+        got = "binarized data" if binarize else "a bernoulli likelihood"
+        raise ConfigError(
+            "dequantize", f"got it for {got}, expected a likelihood with a density, and no --binarize"
+        )
     data = open_data(opened, arguments, binarize=binarize)
     try:
         judgement = judge(
