@@ -142,7 +142,7 @@ def test_mapped_data_come_as_from_memory(
 def test_a_value_that_is_not_finite_is_named_when_it_is_met(
     tmp_path: Path, dtype: type, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastvae.data.sources._SCAN_BYTES", 1000)  # what is larger is not looked at before
+    monkeypatch.setattr("fastvae.data.arrays._SCAN_BYTES", 1000)  # what is larger is not looked at before
     x = np.zeros((50, 4, 3, 2), dtype)
     with np.errstate(over="ignore"):
         x[30, 2, 1, 0] = value
