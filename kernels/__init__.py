@@ -1,1 +1,4 @@
-"""Triton device code, and nothing else: installed as `fastvae.kernels`, launched by `fastvae.ops.triton` and `fastvae.data.gather`."""
+"""Triton device code, and nothing else: installed as `fastvae.kernels`.
+
+Launched by `fastvae.ops.triton` and, for the loader, by `fastvae.data.gather`.
+"""

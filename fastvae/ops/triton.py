@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: one for a forward, one for a backward, and no host synchronisation.
 
-The one module here that imports triton; `ops.dispatch` imports it when first needed. Under Triton's interpreter
-(TRITON_INTERPRET=1 before triton is imported) the same launches run on CPU tensors.
+The one module here that imports triton; `ops.dispatch` imports it when first needed. Under Triton's
+interpreter (TRITON_INTERPRET=1 before triton is imported) the same launches run on CPU tensors.
 """
 
 from __future__ import annotations
