@@ -212,13 +212,13 @@ void binarize(const RowTask& task, const T* x, std::int64_t number, To* out) {
 
 // As they lie, with nothing done but widening.
 template <class T, int C, class To>
-void plain(const RowTask& task, const std::byte* row, std::int64_t, std::byte* out) {
-    deinterleave<T, C, To>(reinterpret_cast<const T*>(row), task.layout.pixels, reinterpret_cast<To*>(out),
-                           task.layout.pixels);
+void plain(const RowTask& task, const std::byte* row, std::int64_t, Part part, std::byte* out) {
+    deinterleave<T, C, To>(reinterpret_cast<const T*>(row) + part.first * C, part.count,
+                           reinterpret_cast<To*>(out) + part.first, task.layout.pixels);
 }
 
 template <class T, int C, class To>
-void transformed(const RowTask& task, const std::byte* row, std::int64_t number, std::byte* out) {
+void transformed(const RowTask& task, const std::byte* row, std::int64_t number, Part, std::byte* out) {
     const Transform& transform = task.transform;
     const T* x = reinterpret_cast<const T*>(row);
     To* to = reinterpret_cast<To*>(out);

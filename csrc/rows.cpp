@@ -7,11 +7,9 @@ namespace {
 
 constexpr std::size_t kCacheLine = 64;
 
-// The hardware follows a row once it has begun, but cannot guess where the next one lies.
-inline void prefetch(const std::byte* row, std::size_t bytes) {
-    constexpr std::size_t kEnough = 16384;
-    const std::byte* const end = row + std::min(bytes, kEnough);
-    for (; row < end; row += kCacheLine) __builtin_prefetch(row);
+inline void prefetch(const std::byte* begin, std::size_t bytes) {
+    const std::byte* const end = begin + bytes;
+    for (; begin < end; begin += kCacheLine) __builtin_prefetch(begin);
     __builtin_prefetch(end - 1);
 }
 
@@ -21,15 +19,39 @@ void DenseRows::gather(const std::int64_t* rows, std::int64_t n, const Form& for
     write(RowWriter(layout_, form), rows, n, out);
 }
 
+// Rows lie anywhere, and the hardware is slow to follow each: some pieces of rows are fetched while an earlier one is
+// written, never more at once than a core can wait for.
 void DenseRows::write(const RowWriter& writer, const std::int64_t* rows, std::int64_t n, std::byte* out) const {
+    constexpr std::size_t kWhole = 1024;
+    constexpr std::size_t kPiece = 512;
     constexpr std::size_t kBytesAhead = 6144;
-    const std::size_t bytes = layout_.bytes();
-    const auto ahead = static_cast<std::int64_t>(std::clamp<std::size_t>(kBytesAhead / bytes + 1, 1, 16));
-    const auto row = [&](std::int64_t i) { return data_ + static_cast<std::size_t>(rows[i]) * bytes; };
-    for (std::int64_t i = 0; i < std::min(ahead, n); ++i) prefetch(row(i), bytes);
-    for (std::int64_t i = 0; i < n; ++i, out += writer.bytes()) {
-        if (i + ahead < n) prefetch(row(i + ahead), bytes);
-        writer(row(i), rows[i], out);
+    const std::int64_t pixels = layout_.pixels;
+    const std::size_t pixel_bytes = layout_.bytes() / static_cast<std::size_t>(pixels);
+    const bool whole = !writer.divides() || layout_.bytes() <= kWhole;
+    const std::int64_t step = whole ? pixels : static_cast<std::int64_t>(kPiece / pixel_bytes);
+    const std::size_t step_bytes = static_cast<std::size_t>(step) * pixel_bytes;
+    const std::size_t ahead = std::clamp<std::size_t>(kBytesAhead / step_bytes + 1, 1, 16);
+
+    struct Place {
+        std::int64_t row = 0;
+        std::int64_t first = 0;
+    };
+    const auto move_on = [&](Place& at) {
+        at.first += step;
+        if (at.first >= pixels) at = {at.row + 1, 0};
+    };
+    const auto part = [&](const Place& at) { return Part{at.first, std::min(step, pixels - at.first)}; };
+    const auto row = [&](const Place& at) { return data_ + static_cast<std::size_t>(rows[at.row]) * layout_.bytes(); };
+    const auto fetch = [&](const Place& at) {
+        if (at.row >= n) return;
+        prefetch(row(at) + static_cast<std::size_t>(at.first) * pixel_bytes,
+                 static_cast<std::size_t>(part(at).count) * pixel_bytes);
+    };
+    Place next;
+    for (std::size_t i = 0; i < ahead; ++i, move_on(next)) fetch(next);
+    for (Place at; at.row < n; move_on(at), move_on(next)) {
+        fetch(next);
+        writer(row(at), rows[at.row], part(at), out + static_cast<std::size_t>(at.row) * writer.bytes());
     }
 }
 

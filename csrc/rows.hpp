@@ -54,7 +54,12 @@ public:
 
     // Row number `number`, which lies at `row`, to `out`.
     void operator()(const std::byte* row, std::int64_t number, std::byte* out) const {
-        kernel_(task_, row, number, out);
+        kernel_(task_, row, number, {0, task_.layout.pixels}, out);
+    }
+    // Whether a row may be written in parts.
+    bool divides() const { return !task_.transform.any(); }
+    void operator()(const std::byte* row, std::int64_t number, Part part, std::byte* out) const {
+        kernel_(task_, row, number, part, out);
     }
     // Bytes that a row takes at its destination.
     std::size_t bytes() const { return bytes_; }

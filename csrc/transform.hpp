@@ -63,7 +63,14 @@ struct RowTask {
     std::byte* moved;  // room for a row that was cropped and flipped, in the element type of the layout
 };
 
-using RowKernel = void (*)(const RowTask& task, const std::byte* row, std::int64_t number, std::byte* out);
+// Some pixels of a row, all of them where it is transformed.
+struct Part {
+    std::int64_t first;
+    std::int64_t count;
+};
+
+// Writes a part of the row that lies at `row` to where it belongs in `out`, the place of the whole row.
+using RowKernel = void (*)(const RowTask& task, const std::byte* row, std::int64_t number, Part part, std::byte* out);
 
 // Compiled once for each instruction set. All give the same bits.
 struct RowKernels {

@@ -115,16 +115,17 @@ def test_other_dtypes(dtype: str, rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
 @pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("size", [(9, 13), (31, 37)], ids=["in one piece", "in several"])
 def test_channels_last_images_come_out_channels_first(
-    dtype: type, channels: int, rng: np.random.Generator
+    dtype: type, channels: int, size: tuple[int, int], rng: np.random.Generator
 ) -> None:
-    x = rng.integers(0, 256, (40, 9, 13, channels)).astype(dtype)
+    x = rng.integers(0, 256, (40, *size, channels)).astype(dtype)
     loader = DataLoader(x, 16, shuffle=True, seed=1)
     got = torch.cat(list(loader))
     scale = 255 if dtype is np.uint8 else 1
     order = torch.from_numpy(_native.epoch_order(40, 1, 0))
     expected = torch.from_numpy(x).permute(0, 3, 1, 2)[order].to(torch.float32) / scale
-    assert loader.item_shape == (channels, 9, 13)
+    assert loader.item_shape == (channels, *size)
     assert torch.equal(got, expected)
 
 
