@@ -216,7 +216,11 @@ void SparseRows::gather(const std::int64_t* rows, std::int64_t n, const Form& fo
         using T = typename decltype(value)::type;
         using I = typename decltype(index)::type;
         const Arrays<T, I> arrays(csr_);
-        constexpr std::int64_t kAhead = 4;
+        // Where a row lies is itself to be waited for, so that it is asked for sooner.
+        constexpr std::int64_t kAhead = 16;
+        const auto locate = [&](std::int64_t i) {
+            if (i < n) __builtin_prefetch(arrays.starts + rows[i]);
+        };
         const auto fetch = [&](std::int64_t i) {
             if (i >= n) return;
             const I begin = arrays.starts[rows[i]], end = arrays.starts[rows[i] + 1];
@@ -225,9 +229,11 @@ void SparseRows::gather(const std::int64_t* rows, std::int64_t n, const Form& fo
             prefetch(reinterpret_cast<const std::byte*>(arrays.columns + begin),
                      reinterpret_cast<const std::byte*>(arrays.columns + end));
         };
+        for (std::int64_t i = 0; i < 2 * kAhead; ++i) locate(i);
         for (std::int64_t i = 0; i < kAhead; ++i) fetch(i);
         const auto features = static_cast<std::size_t>(csr_.n_columns);
         for (std::int64_t i = 0; i < n; ++i, out += write.bytes()) {
+            locate(i + 2 * kAhead);
             fetch(i + kAhead);
             const std::int64_t begin = arrays.starts[rows[i]], count = arrays.starts[rows[i] + 1] - begin;
             if (begin < 0 || count < 0 || count > csr_.n_values - begin) throw ChangedError();
