@@ -19,13 +19,7 @@ from fastvae.training.trainer import Trainer
 
 WARNING = "warning: posterior collapse: "
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("sizes", [[1000], [1, 0, 400, 599], [7] * 142 + [6]])

@@ -34,13 +34,7 @@ LONG = ["--epochs", "20", "--batch-size", "64", "--checkpoint-steps", "5"]
 EPOCH = 26  # steps, of LONG
 SHORT = ["--epochs", "2", "--batch-size", "125", "--checkpoint-steps", "7"]  # 26 steps
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-4) -> None:

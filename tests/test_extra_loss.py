@@ -20,14 +20,7 @@ from fastvae.training.signals import TrainingStopped
 from fastvae.training.step import TrainStep
 from fastvae.training.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small data: threads would only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fastvae import DataLoader
@@ -18,15 +17,6 @@ from fastvae.cli import main
 from fastvae.data import DataError, folders, open_source, resolve
 from fastvae.data.folders import image_files, survey
 from fastvae.data.images import ImageError, decode, measure
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Small data: threads would only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

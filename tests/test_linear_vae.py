@@ -7,7 +7,6 @@ Blame the ELBO!", for the optimum of the ELBO with a diagonal posterior.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,16 +17,7 @@ import fastvae
 
 BATCH = 1000
 
-pytestmark = pytest.mark.usefixtures("seed")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that meet after every small step are slow wherever another process wants the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 
 
 class LinearVAE(nn.Module):

@@ -20,15 +20,7 @@ from fastvae.training.trainer import Trainer
 
 STEPS = 5
 
-pytestmark = pytest.mark.usefixtures("seed")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 
 
 def trained(make, x: Tensor, loss=negative_elbo, **options) -> tuple[VAE, tuple[float, float, float]]:

@@ -29,15 +29,7 @@ from fastvae.training.weights import FlatWeights
 
 NOT_FINITE = [math.inf, -math.inf, math.nan]
 
-pytestmark = pytest.mark.usefixtures("seed")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

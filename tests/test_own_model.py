@@ -25,16 +25,7 @@ from fastvae.training.config import TrainConfig
 from fastvae.training.signals import TrainingStopped
 from fastvae.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("seed")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small data: threads would only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 
 
 class Net(nn.Module):

@@ -37,15 +37,7 @@ COMMAND = [sys.executable, "-m", "fastvae", "train"]
 CLOCKED = {"seconds", "samples_per_second", "data_wait_share", *GPU_NAMES}
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-pytestmark = pytest.mark.usefixtures("seed")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 
 
 class Stopping(DataLoader):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fastvae import DataLoader
 from fastvae.cli import main
@@ -18,15 +16,6 @@ from fastvae.data.shapes import FACTOR_SIZES, FACTOR_VALUES, FACTORS, N_IMAGES, 
 RADIUS = 15  # pixels, of the circle around a shape of scale 1
 HEART = 0.6306019374818708  # radius and height of the centre of the circle around the unit heart
 SAMPLES = 300
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Small data: threads would only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,7 @@ from fastvae.training.weights import FlatWeights
 
 NOISE = 0.3  # standard deviation of what two latents cannot explain
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small data: threads would only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
