@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..models.model import as_model, evaluating, likelihood_of, log_variance_of
 from ..ops import elbo, reparameterize, sample_and_kl
+from ..ops.pages import keep_pages
 from .evaluate import Batch, inputs, with_places
 from .reach import Decoder, decoder_of
 
@@ -23,7 +24,6 @@ from .reach import Decoder, decoder_of
 # to fill it.
 _ELEMENTS = {"cpu": 400_000, "cuda": 1 << 25}
 _ROWS = {"cpu": 1024, "cuda": 1 << 16}
-_KEPT = 31 << 20  # bytes; glibc looks at no block of 32 MiB
 _DRAWS_TO_TURN = 8  # for which it pays to turn x
 
 
@@ -165,7 +165,7 @@ class ImportanceSampler:
             raise ValueError(f"n_samples: got {n_samples}, expected at least 1")
         self.model, self.n_samples, self.seed = as_model(model), n_samples, seed
         self._decoder = decoder_of(self.model) if n_samples >= _DRAWS_TO_TURN else Decoder(self.model)
-        _keep_pages()
+        keep_pages()
         self._features = 0
         self._columns: list[list[Tensor]] = []
 
@@ -270,16 +270,6 @@ class _Weights:
         unused = torch.full_like(total, math.nan) if n == 1 else (n / effective - 1).clamp(min=0) / (n - 1)
         elbo_variance = torch.full_like(total, math.nan) if n == 1 else deviations / (n * (n - 1))
         return largest + torch.log(total / n), mean, unused, elbo_variance, effective
-
-
-def _keep_pages() -> None:
-    """Let malloc keep the memory of a decoder's tensors from one piece of the draws to the next.
-
-    That of glibc maps fresh pages for what is larger than any block that it has seen freed, and gives back
-    what is free at the end of its heap beyond twice that (mallopt(3), M_MMAP_THRESHOLD). The pages of a
-    convolutional decoder take as long as its products.
-    """
-    torch.empty(_KEPT, dtype=torch.uint8)
 
 
 def _tiles(n_data: int, features: int, device: str) -> Iterator[tuple[slice, int]]:

@@ -13,6 +13,7 @@ from ..loss import ELBOLoss
 from ..models import Model
 from ..ops import ELBOTerms
 from ..ops.library import random_bits
+from ..ops.pages import keep_pages
 from .backward import Backward
 from .buffers import Buffers
 from .config import DEFAULT_MAX_SKIPPED, CUDAGraph, TrainConfig
@@ -79,6 +80,8 @@ class TrainStep:
         cuda_graph: CUDAGraph = "auto",
     ) -> None:
         device = next(model.parameters()).device
+        if device.type == "cpu":
+            keep_pages()
         self.model = model
         if ranks is not None and ranks.size > 1:
             loss = of_all_ranks(loss, ranks, device)
