@@ -41,11 +41,11 @@ std::shared_ptr<DenseRows> make_dense_rows(const py::array& x, std::vector<std::
     if (channels != 1 && channels != 3 && channels != 4) {
         throw py::value_error("x has " + std::to_string(channels) + " channels, expected 1, 3 or 4 where they are last");
     }
-    std::int64_t promised = 1;
-    for (const std::int64_t size : item_shape) promised *= size;
-    if (promised != features) {
-        throw py::value_error("item_shape has " + std::to_string(promised) + " features, expected the " +
-                              std::to_string(features) + " of a row of x");
+    std::int64_t left = features;  // divided, as a product of what was handed over may overflow
+    for (const std::int64_t size : item_shape) left = size > 0 && left % size == 0 ? left / size : 0;
+    if (left != 1) {
+        throw py::value_error("item_shape is " + text(py::cast(item_shape)) + ", expected the " +
+                              std::to_string(features) + " features of a row of x");
     }
     RowLayout layout{element_of(x), features / channels, channels};
     if (item_shape.size() == 3) {

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from processes import run_python
 
+from fastvae import _native
 from fastvae.data import DataError, as_source, open_source
 
 NPY = b"\x93NUMPY"
@@ -241,3 +242,12 @@ def test_memory_is_taken_for_what_is_there(tmp_path: Path) -> None:
     lines, kilobytes = json.loads(output)
     assert [line.split(":")[0].split("[")[0] for line in lines] == paths
     assert kilobytes < 150 << 10  # the 64 MiB that are really there, and room to read them
+
+
+@pytest.mark.parametrize(
+    "item_shape", [[], [7], [6, 0], [-2, -3], [2**62, 4, 6], [2**63 - 1, 3], [-(2**63), 2], [2**32, 2**32, 6]]
+)
+def test_an_item_shape_is_that_of_the_rows(item_shape: list[int]) -> None:
+    x = np.zeros((4, 6), np.uint8)
+    with pytest.raises(ValueError, match="expected the 6 features of a row"):
+        _native.DenseRows(x, item_shape=item_shape, channels_last=False)
