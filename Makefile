@@ -23,11 +23,12 @@ integration: $(VENV)/.installed-test,integration
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, beside the one in the environment.
 sanitize: sanitize-native
-	$(BIN)/python -m pip install --no-deps --upgrade --target build/sanitized . \
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --upgrade --target build/sanitized . \
 	    -C build-dir=build/address -C cmake.define.FASTVAE_SANITIZE=address,undefined
-	PYTHONPATH=build/sanitized LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	PYTHONPATH="$(CURDIR)/build/sanitized" \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	    $(BIN)/pytest -p no:cacheprovider $(wildcard $(NATIVE_TESTS:%=tests/test_%.py)) $(ARGS)
+	    $(BIN)/pytest -p no:cacheprovider --capture=sys $(wildcard $(NATIVE_TESTS:%=tests/test_%.py)) $(ARGS)
 
 # The loader without Python, under ThreadSanitizer and under the other two.
 sanitize-native: $(VENV)/.installed-dev
