@@ -27,7 +27,7 @@ sanitize: sanitize-native
 	    -C build-dir=build/address -C cmake.define.FASTVAE_SANITIZE=address,undefined
 	PYTHONPATH="$(CURDIR)/build/sanitized" \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_sigbus=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    $(BIN)/pytest -p no:cacheprovider --capture=sys $(wildcard $(NATIVE_TESTS:%=tests/test_%.py)) $(ARGS)
 
 # The loader without Python, under ThreadSanitizer and under the other two.
