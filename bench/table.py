@@ -26,9 +26,7 @@ def table(results: dict[str, Any]) -> str:
     for row in rows:
         ours = [figure_of(row, name) for name in row["median_s"] if name not in row["ratio"]]
         for i, (figure, name) in enumerate(zip_longest(ours, row["ratio"], fillvalue="")):
-            ratio = row["ratio"][name]
-            shown = f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
-            line = [row["title"] if i == 0 else "", figure, name, shown]
+            line = [row["title"] if i == 0 else "", figure, name, ratio_to(row, name)]
             if with_memory:
                 line.append(memory_of(row, name))
             lines.append(line)
@@ -47,9 +45,17 @@ def figure_of(row: dict[str, Any], name: str) -> str:
     return ", ".join(filter(None, [f"{figure} {path}".strip(), share]))
 
 
+def ratio_to(row: dict[str, Any], opponent: str) -> str:
+    """How many times as fast fastvae is; nothing beside figures for which no opponent is left."""
+    if not opponent:
+        return ""
+    ratio = row["ratio"][opponent]
+    return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
+
+
 def memory_of(row: dict[str, Any], opponent: str) -> str:
     """The peaks of fastvae's first path and of the opponent, in MiB."""
-    if "memory_bytes" not in row:
+    if not opponent or "memory_bytes" not in row:
         return ""
     ours = next(iter(row["memory_bytes"].values()))
     return f"{ours / 2**20:.1f}, {row['memory_bytes'][opponent] / 2**20:.1f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import numpy as np
@@ -350,3 +351,14 @@ def test_bad_epoch_and_source() -> None:
         DataLoader({"x": 1}, 2)
     with pytest.raises(TypeError, match="x has dtype int32, expected uint8, float32 or float64"):
         DataLoader(ArraySource(np.zeros((3, 2), np.int32)), 2)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads"), [(1, 1, 0), (2, 1, 2), (6, 1, 3), (16, 1, 4), (4, 4, 0)]
+)
+def test_threads_by_default(
+    cores: int, processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert DataLoader(np.zeros((4, 2), np.uint8)).num_workers == threads

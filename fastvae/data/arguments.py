@@ -92,7 +92,9 @@ def workers(num_workers: int | None, source: Source) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, which share the cores
-    return min(_MAX_WORKERS, cores // (2 * processes))
+    own = cores // processes
+    # one thread beside the reader is slower than two, or than none, on two cores
+    return min(_MAX_WORKERS, max(2, own // 2)) if own > 1 else 0
 
 
 def indices(indices: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.int64]:

@@ -60,8 +60,8 @@ class DataLoader:
     pin_memory: put batches in the host's memory where a GPU can copy them from while it computes; a `device`
         does without.
     num_workers: threads; 0 gathers in the calling thread, which is best for data in memory where all cores
-        compute; None is half of this process's cores and at most 4. For a torch Dataset whose items Python
-        makes they are torch's worker processes, and None is none.
+        compute; None is half of this process's cores, from 2 to 4, and 0 where it has one. For a torch
+        Dataset whose items Python makes they are torch's worker processes, and None is none.
     dtype: of x: torch.float32, bfloat16 or float16 (rounded to nearest), or uint8 for a source of uint8,
         whose numbers then stay as they are.
     transform: what is done to each sample, see `Transform`; it may change `item_shape`.
