@@ -128,7 +128,7 @@ class _Recorder(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, node: fx.Node) -> None:
         self._made[id(tensor)] = node
-        node.meta["shape"] = tensor.shape
+        node.meta |= {"shape": tensor.shape, "dtype": tensor.dtype}
         self._storages.add(tensor.untyped_storage().data_ptr())
         self._alive.append(tensor)
 
@@ -169,8 +169,16 @@ def _simplify(graph: fx.Graph) -> None:
             total.args = total.args[:2]
             node.replace_all_uses_with(total)
             graph.erase_node(node)
+        elif node.target is _getitem and node.args[0].target is _aten.split.Tensor:
+            (x, size, *rest), i = node.args[0].args, node.args[1]
+            dim = rest[0] if rest else 0
+            node.target, node.args = torch.narrow, (x, dim, i * size, node.meta["shape"][dim])
+        elif node.target is _aten._to_copy.default and list(node.kwargs) == ["dtype"]:
+            dtype = node.kwargs["dtype"]
+            if node.args[0].meta.get("dtype", dtype) != dtype:  # else `to` gives what it was given
+                node.target, node.args, node.kwargs = Tensor.to, (*node.args, dtype), {}
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.target in (_aten.t.default, _getitem):
+        if not node.users and node.target in (_aten.t.default, _aten.split.Tensor, _getitem):
             graph.erase_node(node)
         elif node.op == "call_function" and not node.kwargs:
             node.target = _SHORT.get(node.target, node.target)
