@@ -1,6 +1,7 @@
 #include "adam.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <string>
 #include <type_traits>
@@ -17,17 +18,18 @@ struct Factors {
     float mean, square, square_new, step_size, root, eps, keep, gradient, average_new;
 };
 
-Factors factors_of(const Adam& adam) {
+Factors factors_of(const Adam& adam, const AdamPart& part) {
+    const double lr = adam.lr * part.lr_factor;
     const double correction1 = 1 - std::pow(adam.beta1, static_cast<double>(adam.step));
     const double correction2 = 1 - std::pow(adam.beta2, static_cast<double>(adam.step));
     return {
         static_cast<float>(1 - adam.beta1),
         static_cast<float>(adam.beta2),
         static_cast<float>(1 - adam.beta2),
-        static_cast<float>(adam.lr / correction1),
+        static_cast<float>(lr / correction1),
         static_cast<float>(1 / std::sqrt(correction2)),
         static_cast<float>(adam.eps),
-        static_cast<float>(1 - adam.lr * adam.weight_decay),
+        static_cast<float>(1 - lr * part.weight_decay),
         static_cast<float>(adam.gradient_factor),
         static_cast<float>(adam.average_new),
     };
@@ -201,28 +203,36 @@ bool finite_range(const AdamPart& part, std::int64_t first, std::int64_t n) {
     }
 }
 
-}  // namespace
+std::int64_t blocks(const AdamPart& part) { return part.gradient ? chunks(part.n, block) : 0; }
 
-void update(const Adam& adam, const std::vector<AdamPart>& parts, int threads) {
-    const Factors factors = factors_of(adam);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    for (const AdamPart& part : parts) {
-#pragma omp for schedule(static) nowait
-        for (std::int64_t b = 0; b < chunks(part.n, block); ++b)
-            update_range(factors, part, b * block, std::min(block, part.n - b * block));
-    }
+void lower(std::atomic<std::int64_t>& least, std::int64_t value) {
+    std::int64_t before = least;
+    while (value < before && !least.compare_exchange_weak(before, value)) {}
 }
 
-std::int64_t first_not_finite(const std::vector<AdamPart>& parts, int threads) {
-    auto first = static_cast<std::int64_t>(parts.size());
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : first)
-    for (std::size_t p = 0; p < parts.size(); ++p) {
+}  // namespace
+
+std::int64_t update(const Adam& adam, const std::vector<AdamPart>& parts, bool check, int threads) {
+    const auto count = static_cast<std::int64_t>(parts.size());
+    std::atomic<std::int64_t> first_bad{count};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        for (std::int64_t p = 0; check && p < count; ++p) {
+            const AdamPart& part = parts[static_cast<std::size_t>(p)];
 #pragma omp for schedule(static) nowait
-        for (std::int64_t b = 0; b < chunks(parts[p].n, block); ++b)
-            if (!finite_range(parts[p], b * block, std::min(block, parts[p].n - b * block)))
-                first = std::min(first, static_cast<std::int64_t>(p));
+            for (std::int64_t b = 0; b < blocks(part); ++b)
+                if (!finite_range(part, b * block, std::min(block, part.n - b * block))) lower(first_bad, p);
+        }
+#pragma omp barrier
+        for (std::int64_t p = 0; first_bad == count && p < count; ++p) {
+            const AdamPart& part = parts[static_cast<std::size_t>(p)];
+            const Factors factors = factors_of(adam, part);
+#pragma omp for schedule(static) nowait
+            for (std::int64_t b = 0; b < blocks(part); ++b)
+                update_range(factors, part, b * block, std::min(block, part.n - b * block));
+        }
     }
-    return first;
+    return first_bad;
 }
 
 double sum_of_squares(const std::vector<AdamPart>& parts, int threads) {
@@ -230,13 +240,13 @@ double sum_of_squares(const std::vector<AdamPart>& parts, int threads) {
     std::int64_t count = 0;
     for (const AdamPart& part : parts) {
         begins.push_back(count);
-        count += chunks(part.n, block);
+        count += blocks(part);
     }
     std::vector<double> sums(static_cast<std::size_t>(count));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (std::size_t p = 0; p < parts.size(); ++p) {
 #pragma omp for schedule(static) nowait
-        for (std::int64_t b = 0; b < chunks(parts[p].n, block); ++b)
+        for (std::int64_t b = 0; b < blocks(parts[p]); ++b)
             sums[static_cast<std::size_t>(begins[p] + b)] =
                 squares_range(parts[p], b * block, std::min(block, parts[p].n - b * block));
     }

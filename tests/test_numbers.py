@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -39,10 +40,21 @@ def test_the_first_gradient_that_is_not_finite_is_found(dtype, threads) -> None:
     gradients = [(torch.rand(n) * 2 - 1).mul(big).to(dtype) for n in (1, 5, 0, 4096, 100_003)]
     gradients[3][7], gradients[4][9] = big, torch.finfo(dtype).smallest_normal / 2
     code = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}[dtype]
+    updated = [[torch.zeros(len(g)) for _ in range(3)] for g in gradients]
+    places = [
+        (len(g), *(t.data_ptr() for t in u), 0, 0, 0, 1.0, 0.0)
+        for g, u in zip(gradients, updated, strict=True)
+    ]
+    parts = _native.AdamParts(places)
 
     def first() -> int:
-        parts = [(len(g), g.data_ptr() or 1, code, 1, 1, 1, 0, 0, 0) for g in gradients]
-        return _native.first_not_finite(parts, threads)
+        for tensor in itertools.chain(*updated):
+            tensor.zero_()
+        at = [(g.data_ptr(), code) for g in gradients]
+        found = parts.step(at, 1, 1e-3, 0.9, 0.999, 1e-8, 1.0, 0.0, True, threads)
+        changed = any(tensor.any() for tensor in itertools.chain(*updated))
+        assert changed == (found == len(gradients))
+        return found
 
     assert first() == len(gradients)
     for which in (4, 3, 1):  # an earlier one each time

@@ -326,12 +326,12 @@ def test_averages_weigh_each_step_by_its_data(data, monkeypatch, seed, most_kept
 def test_the_clip_factor_is_torch_s(size, threads, seed):
     gradients = [size * torch.randn(n) for n in (1, 5, 0, 4096, 100_003)]
     parameters = [torch.nn.Parameter(torch.zeros(len(g))) for g in gradients]
-    parts = []
+    places, at = [], [(gradient.data_ptr(), 0) for gradient in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-        at = parameter.data_ptr()  # only the gradients are read
-        parts.append((len(gradient), gradient.data_ptr(), 0, at, at, at, 0, 0, 0))
-    ours = fastvae._native.clip_factor(parts, 2.0, threads)
+        weight = parameter.data_ptr()  # only the gradients are read
+        places.append((len(gradient), weight, weight, weight, 0, 0, 0, 1.0, 0.0))
+    ours = fastvae._native.AdamParts(places).clip_factor(at, 2.0, threads)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
     assert ours == pytest.approx(
         min(2 / (norm + 1e-6), 1.0) if norm == norm else math.nan, rel=1e-12, nan_ok=True

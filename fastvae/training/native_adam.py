@@ -15,9 +15,6 @@ from .adam import BETAS, EPS, LOG_VARIANCE_LR_FACTOR, averages_of, named_average
 from .numbers import Finding
 from .weights import FlatWeights
 
-# size, gradient and its dtype, weight, moments, copy and its dtype, average: addresses for csrc/bind_adam.cpp
-_Part = tuple[int, int, int, int, int, int, int, int, int]
-
 
 class NativeAdam:
     """Adam with decoupled weight decay on the CPU, in one pass.
@@ -47,7 +44,7 @@ class NativeAdam:
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in learned_by_loss]
         self.ema_decay = ema_decay
         self.averages = [] if ema_decay is None else averages_of(weights, learned_by_loss)
-        self._places = self._find_places()
+        self._parts = self._find_parts()
 
     def set_lr(self, lr: float) -> None:
         """Use another learning rate from the next `step` on."""
@@ -77,63 +74,42 @@ class NativeAdam:
         """One step, unless something is not finite."""
         if terms is not None and not math.isfinite(terms.loss.item()):
             return _finding(terms)
-        leaves = self.weights.leaves
-        parts: list[_Part] = []
-        gradients = []
-        indices = []
-        for i, (leaf, gradient) in enumerate(zip(leaves, self.weights.own_gradients(), strict=True)):
-            if gradient is None:
-                continue
-            gradient = _laid_out_as(leaf, gradient)
-            gradients.append(gradient)  # alive while its address is in use
-            indices.append(i)
-            code = DTYPE_CODES[gradient.dtype]
-            parts.append((gradient.numel(), gradient.data_ptr(), code, *self._places[i]))
-        learned: list[_Part] = []
-        for i, parameter in enumerate(self.learned_by_loss, len(leaves)):
-            if parameter.grad is None:
-                continue
-            indices.append(i)
-            code = DTYPE_CODES[parameter.grad.dtype]
-            learned.append((parameter.numel(), parameter.grad.data_ptr(), code, *self._places[i]))
-
+        gradients = [
+            None if gradient is None else _laid_out_as(leaf, gradient)
+            for leaf, gradient in zip(self.weights.leaves, self.weights.own_gradients(), strict=True)
+        ]
+        gradients += [parameter.grad for parameter in self.learned_by_loss]
+        at = [(0, 0) if g is None else (g.data_ptr(), DTYPE_CODES[g.dtype]) for g in gradients]
         threads = torch.get_num_threads()
         factor = 1.0
         if self.clip_norm is not None:
-            factor = _native.clip_factor(parts + learned, self.clip_norm, threads)
+            factor = self._parts.clip_factor(at, self.clip_norm, threads)
         # whose norm is finite where each gradient is
-        if self.clip_norm is None or not factor > 0:
-            bad = _native.first_not_finite(parts + learned, threads)
-            if bad < len(indices):
-                return _finding(terms, indices[bad])
+        check = self.clip_norm is None or not factor > 0
+        average_new = 0.0 if self.ema_decay is None else share_of_new(self.ema_decay, self.steps + 1)
+        first_bad = self._parts.step(
+            at, self.steps + 1, self.lr, *BETAS, EPS, factor, average_new, check, threads
+        )
+        if first_bad < len(at):
+            return _finding(terms, first_bad)
         self.steps += 1
-        average_new = 0.0 if self.ema_decay is None else share_of_new(self.ema_decay, self.steps)
-        for group, lr, weight_decay in (
-            (parts, self.lr, self.weight_decay),
-            (learned, self.lr * LOG_VARIANCE_LR_FACTOR, 0.0),
-        ):
-            if group:
-                _native.adam(group, self.steps, lr, *BETAS, EPS, weight_decay, factor, average_new, threads)
         return None
 
-    def _find_places(self) -> list[tuple[int, int, int, int, int, int]]:
-        """Of each parameter, then of those of the loss: all of a _Part that stays from step to step."""
+    def _find_parts(self) -> _native.AdamParts:
+        """The parameters, then those of the loss."""
         weights, copies = self.weights, self.weights.copies
-        at, mean_at, square_at = (t.data_ptr() for t in (weights.flat, self.mean, self.square))
-        copy_at, copy_size, copy_code = 0, 0, DTYPE_CODES[torch.float32]
-        if copies is not None:
-            copy_at, copy_size, copy_code = copies.data_ptr(), copies.itemsize, DTYPE_CODES[copies.dtype]
-        averages_at = [average.data_ptr() for _, average in self.averages] or [0] * (1 + len(self._moments))
+        flat, averages = weights.flat.detach(), [average for _, average in self.averages]
         places = []
-        for offset in weights.offsets:
-            average_at = averages_at[0] + 4 * offset if self.averages else 0
-            moments_at = mean_at + 4 * offset, square_at + 4 * offset
-            places.append((at + 4 * offset, *moments_at, copy_at + copy_size * offset, copy_code, average_at))
-        learned = zip(self.learned_by_loss, self._moments, averages_at[1:], strict=True)
-        for parameter, (mean, square), average_at in learned:
-            code = DTYPE_CODES[torch.float32]
-            places.append((parameter.data_ptr(), mean.data_ptr(), square.data_ptr(), 0, code, average_at))
-        return places
+        for leaf, offset in zip(weights.leaves, weights.offsets, strict=True):
+            tensors = [t[offset:] for t in (flat, self.mean, self.square)]
+            copy = None if copies is None else copies[offset:]
+            average = averages[0][offset:] if averages else None
+            places.append(_place(leaf.numel(), tensors, copy, average, 1.0, self.weight_decay))
+        for i, (parameter, moments) in enumerate(zip(self.learned_by_loss, self._moments, strict=True), 1):
+            average = averages[i] if averages else None
+            tensors = [parameter.detach(), *moments]
+            places.append(_place(parameter.numel(), tensors, None, average, LOG_VARIANCE_LR_FACTOR, 0.0))
+        return _native.AdamParts(places)
 
     def findings(self, rows: Tensor | None = None) -> list[Finding | None]:
         """What was not finite in each step since the last call, known without `rows`."""
@@ -156,6 +132,15 @@ class NativeAdam:
 
 def _finding(terms: ELBOTerms | None, parameter: int | None = None) -> Finding:
     return Finding(() if terms is None else tuple(term.item() for term in terms), parameter)
+
+
+def _place(
+    n: int, tensors: list[Tensor], copy: Tensor | None, average: Tensor | None, lr_factor: float, decay: float
+) -> tuple[int | float, ...]:
+    """A parameter for csrc/bind_adam.cpp: its n elements begin where `tensors` do, weight and moments."""
+    addresses = [t.data_ptr() for t in tensors]
+    copied = (0, DTYPE_CODES[torch.float32]) if copy is None else (copy.data_ptr(), DTYPE_CODES[copy.dtype])
+    return (n, *addresses, *copied, 0 if average is None else average.data_ptr(), lr_factor, decay)
 
 
 def _laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
