@@ -12,6 +12,7 @@ namespace fastvae {
 namespace {
 
 constexpr std::int64_t block = 4096;  // elements that one thread takes at a time
+constexpr std::int64_t strip = 256, ahead = 4 * strip;
 
 // What the steps of one update have in common.
 struct Factors {
@@ -36,7 +37,7 @@ Factors factors_of(const Adam& adam, const AdamPart& part) {
 }
 
 template <bool averages, class G, class C>
-[[gnu::always_inline]] inline void update_block(
+[[gnu::always_inline]] inline void update_strip(
     const Factors& f, std::int64_t n, const G* __restrict gradient, float* __restrict weight, float* __restrict mean,
     float* __restrict square, C* __restrict copy, float* __restrict average) {
     const Factors local = f;
@@ -54,6 +55,28 @@ template <bool averages, class G, class C>
     }
 }
 
+// Asks for the cache lines of copy[first, end), to write them.
+template <class C>
+[[gnu::always_inline]] inline void ask_for(const C* copy, std::int64_t first, std::int64_t end) {
+    constexpr std::int64_t line = 64 / sizeof(C);
+    for (std::int64_t i = first; i < end; i += line) __builtin_prefetch(copy + i, 1);
+}
+
+// The products have brought the copies into the caches of all cores: without being asked for ahead, each line
+// would be waited for, and the update take nearly twice as long.
+template <bool averages, class G, class C>
+[[gnu::always_inline]] inline void update_block(
+    const Factors& f, std::int64_t n, const G* gradient, float* weight, float* mean, float* square, C* copy,
+    float* average) {
+    ask_for(copy, 0, std::min(ahead, n));
+    for (std::int64_t i = 0; i < n; i += strip) {
+        ask_for(copy, i + ahead, std::min(i + ahead + strip, n));
+        update_strip<averages>(
+            f, std::min(strip, n - i), gradient + i, weight + i, mean + i, square + i, copy + i,
+            averages ? average + i : nullptr);
+    }
+}
+
 template <class G, class C>
 using Block = void (*)(const Factors&, std::int64_t, const G*, float*, float*, float*, C*, float*);
 
@@ -64,13 +87,13 @@ void baseline(const Factors& f, std::int64_t n, const G* g, float* w, float* m, 
 
 #if defined(__x86_64__)
 template <bool averages, class G, class C>
-[[gnu::target("avx2")]] void avx2(
+[[gnu::target("avx2,prfchw")]] void avx2(
     const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c, float* a) {
     update_block<averages>(f, n, g, w, m, s, c, a);
 }
 
 template <bool averages, class G, class C>
-[[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")]] void avx512(
+[[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512,prfchw")]] void avx512(
     const Factors& f, std::int64_t n, const G* g, float* w, float* m, float* s, C* c, float* a) {
     update_block<averages>(f, n, g, w, m, s, c, a);
 }

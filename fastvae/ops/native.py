@@ -22,6 +22,7 @@ DTYPE_CODES = {
     torch.uint8: 4,
 }
 _ONE_THREAD_BELOW = 1 << 17  # elements; waking a second thread costs more than it saves
+_ONE_THREAD_BELOW_AWAKE = 1 << 14  # between products, whose threads have not gone to sleep
 
 _LIKELIHOOD_CODES = {None: 0, "mse": 1, "gaussian": 2, "bernoulli": 3}
 # Outputs of this many bytes lie in memory that is kept from call to call; smaller ones malloc keeps itself.
@@ -75,7 +76,7 @@ class Plan:
         call = _Call(inputs, spec, extents)
         values = call.outputs() if upstream is None else Forward()
         gradients = Gradients() if needs is None else call.gradients(needs)
-        self._call = _native.ELBOCall(*call.arguments(values, upstream, gradients))
+        self._call = _native.ELBOCall(*call.arguments(values, upstream, gradients, _ONE_THREAD_BELOW_AWAKE))
         self._values, self._gradients = _Empty(values), _Empty(gradients)
         self._has_seed = inputs.seed is not None
 
@@ -182,8 +183,14 @@ class _Call:
     def run(self, values: Forward, upstream: Forward | None, gradients: Gradients) -> None:
         _native.elbo(*self.arguments(values, upstream, gradients))
 
-    def arguments(self, values: Forward, upstream: Forward | None, gradients: Gradients) -> tuple[Any, ...]:
-        """Those of _native.elbo."""
+    def arguments(
+        self,
+        values: Forward,
+        upstream: Forward | None,
+        gradients: Gradients,
+        one_thread_below: int = _ONE_THREAD_BELOW,
+    ) -> tuple[Any, ...]:
+        """Those of _native.elbo, on one thread for fewer elements than this."""
         spec, extents = self.spec, self.extents
         samples, batch, features, latents = extents
         elements = max(samples * batch * features, samples * batch * latents)
@@ -199,7 +206,7 @@ class _Call:
         return (
             self.dtype == torch.float64,
             extents,
-            1 if elements < _ONE_THREAD_BELOW else torch.get_num_threads(),
+            1 if elements < one_thread_below else torch.get_num_threads(),
             _LIKELIHOOD_CODES[spec.likelihood],
             spec.half,
             spec.per_sample,
