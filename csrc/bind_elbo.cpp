@@ -42,15 +42,6 @@ PerRow per_row(const py::object& given) {
     return {pointer<const void>(address), stride};
 }
 
-const InstructionSet& find(const std::optional<std::string>& name) {
-    const auto& sets = instruction_sets();
-    if (!name) return sets.front();
-    const auto found = std::ranges::find(sets, *name, &InstructionSet::name);
-    if (found == sets.end())
-        throw std::invalid_argument("instruction_set: got '" + *name + "', which this CPU cannot run");
-    return *found;
-}
-
 // One call, its arguments checked, and the instruction set that is to run it.
 struct Call {
     Elbo call;
@@ -112,7 +103,7 @@ Call checked_call(
     call.g_logvar = pointer(gradients[2]);
     call.g_kl = pointer(gradients[3]);
     call.g_log_variance = pointer(gradients[4]);
-    return {call, find(instruction_set)};
+    return {call, fastvae::instruction_set(instruction_set)};
 }
 
 void run_call(const Call& call) {

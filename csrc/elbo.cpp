@@ -1,6 +1,8 @@
 #include "elbo.hpp"
 
+#include <algorithm>
 #include <span>
+#include <stdexcept>
 #include <utility>
 
 namespace fastvae {
@@ -8,8 +10,11 @@ namespace fastvae {
 #if defined(__x86_64__)
 void elbo_avx512(const Elbo&, const Partials&);
 void elbo_avx2(const Elbo&, const Partials&);
+void flips_avx512(const Flips&, const FlipScratch*);
+void flips_avx2(const Flips&, const FlipScratch*);
 #endif
 void elbo_base(const Elbo&, const Partials&);
+void flips_base(const Flips&, const FlipScratch*);
 
 const std::vector<InstructionSet>& instruction_sets() {
     static const std::vector<InstructionSet> sets = [] {
@@ -18,13 +23,22 @@ const std::vector<InstructionSet>& instruction_sets() {
         __builtin_cpu_init();
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
             && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            found.push_back({"avx512", elbo_avx512});
-        if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", elbo_avx2});
+            found.push_back({"avx512", elbo_avx512, flips_avx512});
+        if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", elbo_avx2, flips_avx2});
 #endif
-        found.push_back({"base", elbo_base});
+        found.push_back({"base", elbo_base, flips_base});
         return found;
     }();
     return sets;
+}
+
+const InstructionSet& instruction_set(const std::optional<std::string>& name) {
+    const auto& sets = instruction_sets();
+    if (!name) return sets.front();
+    const auto found = std::ranges::find(sets, *name, &InstructionSet::name);
+    if (found == sets.end())
+        throw std::invalid_argument("instruction_set: got '" + *name + "', which this CPU cannot run");
+    return *found;
 }
 
 bool bf16_supported() {

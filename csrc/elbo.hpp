@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "flips.hpp"
 
 namespace fastvae {
 
@@ -80,10 +83,14 @@ using Kernel = void (*)(const Elbo&, const Partials&);
 struct InstructionSet {
     std::string name;
     Kernel kernel;
+    FlipsKernel flips;
 };
 
 // Those that this machine can run, best first.
 const std::vector<InstructionSet>& instruction_sets();
+
+// That of this name, or the best. Throws std::invalid_argument for one that this machine cannot run.
+const InstructionSet& instruction_set(const std::optional<std::string>& name);
 
 // Compute one call. The result does not depend on `threads` or on the instruction set.
 void run(Elbo call, const InstructionSet& isa);

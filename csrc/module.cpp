@@ -7,6 +7,7 @@ PYBIND11_MODULE(_native, m) {
     fastvae::bind_adam(m);
     fastvae::bind_buffers(m);
     fastvae::bind_elbo(m);
+    fastvae::bind_flips(m);
     fastvae::bind_rows(m);
     fastvae::bind_shapes(m);
     fastvae::bind_mapped(m);

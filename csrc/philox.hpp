@@ -13,14 +13,7 @@ struct Words {
     u32x16 w[4];
 };
 
-// Vectors as wide as the registers: wider ones would go through memory at each step.
-#if defined(__AVX512F__)
-#define FASTVAE_REGISTER 64
-#elif defined(__AVX2__)
-#define FASTVAE_REGISTER 32
-#else
-#define FASTVAE_REGISTER 16
-#endif
+// as wide as the registers: wider ones would go through memory at each step
 using u32s = std::uint32_t __attribute__((vector_size(FASTVAE_REGISTER)));
 using u64s = std::uint64_t __attribute__((vector_size(FASTVAE_REGISTER)));
 

@@ -11,6 +11,15 @@
 #include <immintrin.h>
 #endif
 
+// Bytes of a register.
+#if defined(__AVX512F__)
+#define FASTVAE_REGISTER 64
+#elif defined(__AVX2__)
+#define FASTVAE_REGISTER 32
+#else
+#define FASTVAE_REGISTER 16
+#endif
+
 namespace fastvae {
 namespace {
 
@@ -75,6 +84,24 @@ inline void stream(float* p, const f32x16& v) {
 inline void end_streams() {
 #if defined(__SSE__)
     _mm_sfence();
+#endif
+}
+
+// Bit i says whether lane i is above 0.
+inline std::uint32_t above_zero(const f32x16& v) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(bit_cast<__m512>(v), _mm512_setzero_ps(), _CMP_GT_OQ);
+#elif defined(__SSE__)
+    __m128 parts[4];
+    std::memcpy(parts, &v, sizeof(v));
+    std::uint32_t bits = 0;
+    for (int i = 0; i < 4; ++i)
+        bits |= static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps(parts[i], _mm_setzero_ps()))) << (4 * i);
+    return bits;
+#else
+    std::uint32_t bits = 0;
+    for (int i = 0; i < 16; ++i) bits |= static_cast<std::uint32_t>(v[i] > 0) << i;
+    return bits;
 #endif
 }
 

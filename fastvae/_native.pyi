@@ -32,6 +32,20 @@ def elbo(
     instruction_set: str | None = None,
 ) -> None: ...
 
+FLIP_COLUMNS: int
+
+def flips(
+    extents: Sequence[int],
+    threads: int,
+    noise: int,
+    layer: int,
+    cross: int,
+    square: int,
+    gram: int,
+    values: int,
+    instruction_set: str | None = None,
+) -> None: ...
+
 class ELBOCall:
     def __init__(
         self,

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal
 
 import fastvae
-from fastvae.inference import importance, reach
-from fastvae.inference.importance import EvaluationError, ImportanceSampler, log_likelihood
-from fastvae.inference.reach import Decoder, TurnedDecoder, decoder_of
+from fastvae.inference import flips, importance, reach, weigh
+from fastvae.inference.flips import FlipWeigher
+from fastvae.inference.importance import EvaluationError, ImportanceSampler, log_likelihood, weigher_of
+from fastvae.inference.reach import TurnedWeigher
+from fastvae.inference.weigh import Weigher
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -193,7 +195,7 @@ def test_is_the_formula_written_out(likelihood: str, monkeypatch: pytest.MonkeyP
         "effective_samples": w.sum(0) ** 2 / (w**2).sum(0),
     }
     for rows, sizes in ((1024, [n]), (40, [10, 0, 13]), (7, [9, 14]), (1, [n])):
-        monkeypatch.setitem(importance._ROWS, "cpu", rows)
+        monkeypatch.setitem(weigh._ROWS, "cpu", rows)
         found = log_likelihood(model, x.split(sizes), n_samples=k, seed=9)
         assert (found.n_samples, found.features) == (k, D)
         for name, value in expected.items():
@@ -204,35 +206,42 @@ def test_is_the_formula_written_out(likelihood: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("likelihood", "variance"), [("mse", None), ("gaussian", 0.1)])
-@pytest.mark.parametrize("hidden", [(10,), (40, 90)])
-def test_turned_decoder_changes_no_bound(
-    likelihood: str, variance: float | None, hidden: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("hidden", "weigher"), [((10,), FlipWeigher), ((40, 90), TurnedWeigher)])
+def test_what_is_not_decoded_changes_no_bound(
+    likelihood: str,
+    variance: float | None,
+    hidden: tuple[int, ...],
+    weigher: type[Weigher],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """That of VAE.mlp, with one block of its triangle or with several."""
+    """Of VAE.mlp, with several blocks of the triangle, and many tiles of data and draws."""
     monkeypatch.setattr(reach, "_BLOCK", 12)
+    monkeypatch.setattr(flips, "_ELEMENTS", 800)
     model = fastvae.VAE.mlp((4, 5, 6), hidden, 3, likelihood=likelihood, variance=variance)
     x = torch.rand(30, 4, 5, 6)
-    assert type(decoder_of(model)) is TurnedDecoder
-    found = log_likelihood(model, [x], n_samples=20)
-    monkeypatch.setattr(importance, "decoder_of", Decoder)
+    assert type(weigher_of(model, 20)) is weigher
+    found = [log_likelihood(model, x.split(n), n_samples=20) for n in (30, 13)]
+    monkeypatch.setattr(importance, "weigher_of", lambda model, _: Weigher(model))
     expected = log_likelihood(model, [x], n_samples=20)
-    for name in ("log_px", "elbo", "log_px_variance", "effective_samples"):
-        torch.testing.assert_close(
-            getattr(found, name), getattr(expected, name), rtol=1e-3, atol=2e-4, msg=name
-        )
+    for some in found:
+        for name in ("log_px", "elbo", "log_px_variance", "effective_samples"):
+            torch.testing.assert_close(
+                getattr(some, name), getattr(expected, name), rtol=1e-3, atol=2e-4, msg=name
+            )
 
 
-def test_only_a_decoder_that_is_known_is_turned() -> None:
+def test_only_a_decoder_that_is_known_is_not_decoded() -> None:
     class Squashed(fastvae.VAE):
         def decode(self, z: Tensor) -> Tensor:
             return super().decode(z).sigmoid()
 
     def hook(*_: object) -> None: ...
 
-    plain, instance, hooked = (fastvae.VAE.mlp((20,), (5,), 2) for _ in range(3))
+    plain, instance, hooked, bent = (fastvae.VAE.mlp((20,), (5,), 2) for _ in range(4))
     instance.decode = lambda z: plain.decode(z).sigmoid()
     hooked.decoder.layers[0].register_forward_hook(hook)
-    others = [
+    bent.decoder.layers[1] = nn.Tanh()
+    decoded = [
         Squashed(plain.encoder, plain.decoder),
         instance,
         hooked,
@@ -241,7 +250,15 @@ def test_only_a_decoder_that_is_known_is_turned() -> None:
         fastvae.VAE.conv((1, 8, 8), 2),
         Own("gaussian"),
     ]
-    assert [type(decoder_of(model)) for model in [plain, *others]] == [TurnedDecoder] + [Decoder] * 7
+    turned = [
+        bent,
+        fastvae.VAE.mlp((20,), (5,), 2).double(),
+        fastvae.VAE.mlp((20,), (5, 6), 2),
+        fastvae.VAE.mlp((20,), (5,), 3),  # for whose latents these draws are too few
+    ]
+    assert [type(weigher_of(model, 8)) for model in decoded] == [Weigher] * len(decoded)
+    assert [type(weigher_of(model, 8)) for model in turned] == [TurnedWeigher] * len(turned)
+    assert [type(weigher_of(plain, n)) for n in (7, 8)] == [Weigher, FlipWeigher]
 
 
 def test_weights_are_summed_in_log_space() -> None:

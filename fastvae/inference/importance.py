@@ -9,21 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..models.model import as_model, evaluating, likelihood_of, log_variance_of
-from ..ops import elbo, reparameterize, sample_and_kl
+from ..models import VAE
+from ..models.mlp import MLPDecoder
+from ..models.model import Model, as_model, evaluating, likelihood_of, log_variance_of
+from ..ops import reparameterize, sample_and_kl
 from ..ops.pages import keep_pages
 from .evaluate import Batch, inputs, with_places
-from .reach import Decoder, decoder_of
+from .flips import FlipWeigher
+from .reach import TurnedWeigher
+from .weigh import Weigher
 
-# Elements of x_hat that are decoded at a time, and rows: on a CPU they stay in the cache; a GPU wants enough
-# to fill it.
-_ELEMENTS = {"cpu": 400_000, "cuda": 1 << 25}
-_ROWS = {"cpu": 1024, "cuda": 1 << 16}
 _DRAWS_TO_TURN = 8  # for which it pays to turn x
 
 
@@ -164,7 +163,7 @@ class ImportanceSampler:
         if n_samples < 1:
             raise ValueError(f"n_samples: got {n_samples}, expected at least 1")
         self.model, self.n_samples, self.seed = as_model(model), n_samples, seed
-        self._decoder = decoder_of(self.model) if n_samples >= _DRAWS_TO_TURN else Decoder(self.model)
+        self._weigher = weigher_of(self.model, n_samples)
         keep_pages()
         self._features = 0
         self._columns: list[list[Tensor]] = []
@@ -174,19 +173,17 @@ class ImportanceSampler:
         """Take in x [B, *item] with its posteriors, [B, *latents]; first_row: the place of x[0]."""
         self._features = math.prod(x.shape[1:])
         constant = 0.5 * self._features * math.log(math.pi) if likelihood_of(self.model) == "mse" else 0.0
-        target, rest = self._decoder.target(x)
-        for rows, draws in _tiles(len(x), math.prod(target.shape[1:]), x.device.type):
-            place = first_row + rows.start
-            weights = _Weights()
-            repeats = min(draws, self.n_samples)
-            repeated = target[rows].repeat(repeats, *[1] * (target.ndim - 1)) if repeats > 1 else target[rows]
-            for k, n in _spans(self.n_samples, draws):
-                some = _Draws(self.seed, k, n, place)
-                weights.update(self._log_weights(repeated, mu[rows], logvar[rows], some))
+        most_data, most_draws = self._weigher.tile(x)
+        for first, n_data in _spans(len(x), most_data):
+            rows, place = slice(first, first + n_data), first_row + first
+            log_weights = self._weigher.near(x[rows], mu[rows], logvar[rows])
+            weights, zeros = _Weights(), torch.zeros_like(mu[rows])
+            for k, n in _spans(self.n_samples, max(1, round(most_draws / n_data))):
+                eps = reparameterize(zeros, zeros, n_samples=n, seed=self.seed, offset=k, first_row=place)
+                weights.update(log_weights(eps))
             _, kl = sample_and_kl(mu[rows], logvar[rows], seed=self.seed)
             log_px, mean, *others = weights.moments()
-            less = rest[rows] + constant
-            column = [t.cpu() for t in (log_px - less, mean - less, kl.double(), *others)]
+            column = [t.cpu() for t in (log_px - constant, mean - constant, kl.double(), *others)]
             _check_finite(column[0], column[1], column[2], place)
             self._columns.append(column)
 
@@ -197,35 +194,22 @@ class ImportanceSampler:
         columns = (torch.cat(column) for column in zip(*self._columns, strict=True))
         return LogLikelihood(self.n_samples, self._features, *columns)
 
-    def _log_weights(self, target: Tensor, mu: Tensor, logvar: Tensor, draws: _Draws) -> Tensor:
-        """ln w of each draw and datum, float64 [n, B], but for what does not depend on z.
 
-        target: [n * B or more, ...], what the decoder compares with, n times over.
-        """
-        seed, k, n, first_row = draws
-        zeros = torch.zeros_like(mu)
-        eps = reparameterize(zeros, zeros, n_samples=n, seed=seed, offset=k, first_row=first_row)
-        z = torch.addcmul(mu, torch.exp(0.5 * logvar), eps)
-        # ln q(z|x) - ln p(z), where the constants cancel
-        ratio = 0.5 * (((z - eps) * (z + eps)).flatten(2).sum(2) - logvar.flatten(1).sum(1))
-        negative = elbo(
-            self._decoder.decode(z.flatten(0, 1)),
-            target[: n * len(mu)],
-            kl=ratio.flatten(),
-            likelihood=likelihood_of(self.model),
-            log_variance=log_variance_of(self.model),
-            reduction="none",
-        ).loss
-        return -negative.double().view(n, len(mu))
+def weigher_of(model: Model, n_samples: int) -> Weigher:
+    """What finds ln w at the least cost, for so many draws a datum.
 
-
-class _Draws(NamedTuple):
-    """Draws k, k + 1, ..., k + n - 1 of the data that begin at `first_row`."""
-
-    seed: int
-    k: int
-    n: int
-    first_row: int
+    Of a `VAE.mlp` under squared error or one variance, if it is as it was made, x_hat is not computed.
+    """
+    if type(model) is not VAE or type(model.decoder) is not MLPDecoder or "decode" in vars(model):
+        return Weigher(model)
+    *hidden, last = layers = model.decoder.layers
+    single = torch.as_tensor(log_variance_of(model)).numel() == 1
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.decoder.modules())
+    if type(last) is not nn.Linear or model.likelihood == "bernoulli" or not single or hooked:
+        return Weigher(model)
+    if last.in_features >= last.out_features or last.bias is None or n_samples < _DRAWS_TO_TURN:
+        return Weigher(model)
+    return FlipWeigher.of(model, hidden, last, n_samples) or TurnedWeigher(model, layers[:-1], last)
 
 
 class _Weights:
@@ -270,14 +254,6 @@ class _Weights:
         unused = torch.full_like(total, math.nan) if n == 1 else (n / effective - 1).clamp(min=0) / (n - 1)
         elbo_variance = torch.full_like(total, math.nan) if n == 1 else deviations / (n * (n - 1))
         return largest + torch.log(total / n), mean, unused, elbo_variance, effective
-
-
-def _tiles(n_data: int, features: int, device: str) -> Iterator[tuple[slice, int]]:
-    """The data in pieces, and how many draws of each to decode at a time."""
-    kind = device if device in _ROWS else "cuda"
-    rows = max(1, min(_ROWS[kind], _ELEMENTS[kind] // max(features, 1)))
-    for first, n in _spans(n_data, rows):
-        yield slice(first, first + n), max(1, round(rows / n))
 
 
 def _spans(n: int, size: int) -> Iterator[tuple[int, int]]:
