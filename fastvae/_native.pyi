@@ -6,7 +6,7 @@ import numpy.typing as npt
 
 _View = tuple[int, int, int, int, int] | None
 _PerRow = tuple[int, int] | None
-_AdamPart = tuple[int, int, int, int, int, int, int, int, int]
+_AdamPlace = tuple[int, int, int, int, int, int, int, float, float]
 
 def elbo(
     real64: bool,
@@ -82,20 +82,23 @@ class MemoryPool:
     def __init__(self) -> None: ...
     def take(self, bytes: int) -> Buffer: ...
 
-def adam(
-    parts: Sequence[_AdamPart],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    gradient_factor: float,
-    average_new: float,
-    threads: int,
-) -> None: ...
-def first_not_finite(parts: Sequence[_AdamPart], threads: int) -> int: ...
-def clip_factor(parts: Sequence[_AdamPart], max_norm: float, threads: int) -> float: ...
+class AdamParts:
+    def __init__(self, places: Sequence[_AdamPlace]) -> None: ...
+    def step(
+        self,
+        gradients: Sequence[tuple[int, int]],
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        gradient_factor: float,
+        average_new: float,
+        check: bool,
+        threads: int,
+    ) -> int: ...
+    def clip_factor(self, gradients: Sequence[tuple[int, int]], max_norm: float, threads: int) -> float: ...
+
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def box_muller(
     radius_words: npt.NDArray[np.uint32], angle_words: npt.NDArray[np.uint32]

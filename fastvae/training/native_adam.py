@@ -136,11 +136,11 @@ def _finding(terms: ELBOTerms | None, parameter: int | None = None) -> Finding:
 
 def _place(
     n: int, tensors: list[Tensor], copy: Tensor | None, average: Tensor | None, lr_factor: float, decay: float
-) -> tuple[int | float, ...]:
+) -> tuple[int, int, int, int, int, int, int, float, float]:
     """A parameter for csrc/bind_adam.cpp: its n elements begin where `tensors` do, weight and moments."""
-    addresses = [t.data_ptr() for t in tensors]
-    copied = (0, DTYPE_CODES[torch.float32]) if copy is None else (copy.data_ptr(), DTYPE_CODES[copy.dtype])
-    return (n, *addresses, *copied, 0 if average is None else average.data_ptr(), lr_factor, decay)
+    weight, mean, square = (t.data_ptr() for t in tensors)
+    at, code = (0, DTYPE_CODES[torch.float32]) if copy is None else (copy.data_ptr(), DTYPE_CODES[copy.dtype])
+    return n, weight, mean, square, at, code, 0 if average is None else average.data_ptr(), lr_factor, decay
 
 
 def _laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
