@@ -135,6 +135,43 @@ def test_a_step_goes_on_as_written_where_it_has_no_tape(seed: int) -> None:
     assert all(torch.tensor(step.averages()).isfinite())
 
 
+def drop_less(model: nn.Module) -> None:
+    model.encoder.layers[4].p = 0.1
+
+
+def replace(model: nn.Module) -> None:
+    model.decoder[2] = nn.Tanh()
+
+
+CHANGES = {
+    "none": lambda model: model.eval().train(),
+    "mode": nn.Module.eval,
+    "option": drop_less,
+    "layer": replace,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tapes_last_until_the_model_is_changed(seed: int, change: str) -> None:
+    batches, results = list(torch.rand(2, 16, *ITEM)), []
+    for tape in (False, True):
+        torch.manual_seed(seed)
+        step = TrainStep(sequential_vae(), fastvae.ELBOLoss())
+        for x in batches:
+            step.backward.tapes = step.backward.tapes if tape else None
+            step(x)
+        before = dict(step.backward.tapes or {})
+        CHANGES[change](step.model)
+        step.reset()
+        if tape:
+            assert step.backward.tapes == (before if change == "none" else {})
+        for x in batches:
+            step.backward.tapes = step.backward.tapes if tape else None
+            step(x)
+        results.append(step.weights.flat.detach().clone())
+    assert torch.equal(*results)
+
+
 def test_only_known_layers_are_recorded() -> None:
     class Own(nn.Module):
         pass

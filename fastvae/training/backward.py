@@ -18,6 +18,7 @@ from ..ops.reference import clamp_logvar
 from .distributed import Share
 from .extra import ExtraLoss
 from .gradient_sum import part_of, parts
+from .graph import likeness_of
 from .tape import Tape, is_recordable, record
 from .weights import FlatWeights
 
@@ -63,6 +64,7 @@ class Backward:
         as_written = accumulate > 1 or checkpoint_activations or extra is not None or learns_beta
         self._records = records and not as_written
         self.tapes: dict[Any, Tape] | None = None
+        self._likeness: list[Any] = []  # of the modules when the tapes were begun
         self.reset()
 
     def __call__(self, x: Tensor, share: Share) -> ELBOTerms:
@@ -151,8 +153,13 @@ class Backward:
         return (*terms, *torch.autograd.grad(tensors, self.leaves, gradients, allow_unused=True))
 
     def reset(self) -> None:
-        """Forget the tapes, for the model's owner may have changed it."""
-        self.tapes = {} if self._records and is_recordable(self.model, self.loss) else None
+        """Forget the tapes if the model's owner has changed it."""
+        if not self._records or not is_recordable(self.model, self.loss):
+            self.tapes = None
+            return
+        likeness = likeness_of([self.model, self.loss])
+        if self.tapes is None or likeness != self._likeness:
+            self.tapes, self._likeness = {}, likeness
 
 
 def _in_one_order(x_hat: Tensor, x: Tensor, loss: ELBOLoss) -> tuple[Tensor, Tensor]:

@@ -284,7 +284,7 @@ class TrainStep:
         self.steps = int(tensors["steps"])
 
     def reset(self) -> None:
-        """Begin an epoch: new averages, and new tapes of a model that its owner may have changed."""
+        """Begin an epoch: new averages, and new tapes or graphs of a model that its owner has changed."""
         self._buffers.refresh()
         self.backward.reset()
         if self.graphs is not None:
