@@ -85,7 +85,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = config.stash[ROWS]
     if not rows:
         return
-    terminalreporter.section("ratios: how many times as fast fastvae is (medians of runs in turn)")
+    terminalreporter.section("ratios: how many times as fast fastvae is (medians over runs in turn)")
     for row in rows:
         copy = f"; a copy moves {row['copy_bytes_per_s'] / 1e9:.1f} GB/s" if "copy_bytes_per_s" in row else ""
         terminalreporter.write_line(f"{row['title']}{copy}")
