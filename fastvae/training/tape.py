@@ -180,6 +180,8 @@ def _simplify(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.target in (_aten.t.default, _aten.split.Tensor, _getitem):
             graph.erase_node(node)
+        elif node.target is _SUM and len(node.args) == 2 and len(node.args[1]) == 1:
+            node.target, node.args = Tensor.sum, (node.args[0], node.args[1][0])
         elif node.op == "call_function" and not node.kwargs:
             node.target = _SHORT.get(node.target, node.target)
 
