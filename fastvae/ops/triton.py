@@ -198,7 +198,7 @@ def _columns(rows: int, columns: int, multiprocessors: int) -> tuple[int, int, t
     """Rows and columns of a tile for kernels that sum over rows, and the grid [column blocks, row groups]."""
     block = min(max(triton.next_power_of_2(columns), 16), 128)
     tile_rows = 1024 // block
-    blocks = triton.cdiv(columns, block)
+    blocks = max(triton.cdiv(columns, block), 1)
     groups = min(triton.cdiv(max(rows, 1), tile_rows), max(4 * multiprocessors // blocks, 1))
     return tile_rows, block, (blocks, groups)
 
@@ -229,7 +229,7 @@ def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -
         "p_beta": p_beta, "p_log_scale": p_log_scale, "p_seed": p_seed,
         # float(), because an int of 1 would be compiled in
         "beta": float(beta_number), "log_scale": float(log_scale_number), "seed": int(seed_number),
-        "free_bits": spec.free_bits or 0.0, "recon_scale": recon_scale, "kl_scale": spec.kl_scale(extents),
+        "free_bits": float(spec.free_bits or 0), "recon_scale": recon_scale, "kl_scale": spec.kl_scale(extents),
         "clamp_low": float(low), "clamp_high": float(high),
         "samples": samples, "batch": batch, "features": features, "latents": latents,
         "first_row": spec.first_row, "offset": spec.offset,
@@ -338,6 +338,7 @@ def _processors(device: torch.device) -> int:
 _stream_tickets: dict[tuple[torch.device, int], Tensor] = {}
 _graph_tickets: dict[torch.device, tuple[Tensor, Iterator[int]]] = {}  # and the places that are free
 _KEPT_FOR_GRAPHS = 4096
+_APART = 4  # places of 16 bytes: kernels are compiled for addresses like that of any other ticket
 
 
 def _ticket(device: torch.device) -> Tensor:
@@ -350,8 +351,8 @@ def _ticket(device: torch.device) -> Tensor:
     if ticket is None:
         ticket = _stream_tickets[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
         if device not in _graph_tickets:
-            kept = torch.zeros(_KEPT_FOR_GRAPHS, dtype=torch.int32, device=device)
-            _graph_tickets[device] = kept, iter(range(_KEPT_FOR_GRAPHS))
+            kept = torch.zeros(_KEPT_FOR_GRAPHS * _APART, dtype=torch.int32, device=device)
+            _graph_tickets[device] = kept, iter(range(0, len(kept), _APART))
     return ticket
 
 

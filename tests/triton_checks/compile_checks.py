@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from cases import CASES, compile_case, elbo, gathered, sampling
-from launches import Compiled, Launch, record, source
+from launches import Compiled, Launch, NoGPU, record, source
+from triton.runtime import driver
 
 from fastvae.data import Transform
+from fastvae.ops import triton as launcher
 
 ALSO_ELSEWHERE = ("mse", "bf16 gaussian", "fused odd", "fused huge", "sample", "scale by element")
 ALSO_ELSEWHERE += ("gather large", "gather all", "gather scaled")
@@ -97,6 +99,26 @@ def test_a_last_batch_does_not_compile_again(batch: int) -> None:
         assert usual == last
     usual = [_compiled_in(launch) for launch in record(sampling(128, 20))]
     assert usual == [_compiled_in(launch) for launch in record(sampling(batch, 20))]
+
+
+def test_a_graph_s_own_tickets_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture is no place to compile in; each launch in one has another ticket."""
+    build = elbo(128, 784, 20, likelihood="gaussian")
+    usual = [_compiled_in(launch) for launch in record(build)]
+    monkeypatch.setattr(launcher, "_ticket", launcher._graph_ticket)
+    for _ in range(3):
+        assert usual == [_compiled_in(launch) for launch in record(build)]
+
+
+def test_triton_takes_what_it_is_handed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own way from the call to the driver, which looks at arguments as `source` does."""
+    monkeypatch.setattr(driver, "_active", gpu := NoGPU())
+    made = ["elbo_forward_kernel", "elbo_backward_kernel", "gather_kernel"]
+    for batch in (128, 37, 1):
+        elbo(batch, 784, 20, likelihood="gaussian", sample=True)()
+        gathered(1, 28, 28, batch=batch, first=batch)()
+        assert gpu.loaded == made
+    assert gpu.launched[-3:] == [(1, 1, 1)] * 3
 
 
 def _odd_elbo(batch: int, features: int, latents: int, beta: float = 1.0) -> Callable[[], None]:

@@ -81,6 +81,35 @@ def record(call: Any) -> list[Launch]:
     return launches
 
 
+class NoGPU:
+    """In the place of Triton's driver: kernels are compiled as for a GPU, and handed to nobody."""
+
+    def __init__(self, capability: int = 90) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.loaded: list[str] = []  # names, one for each kernel that was compiled or found in the cache
+        self.launched: list[tuple[int, ...]] = []  # grids
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 48 << 10}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
+        self.loaded.append(name)
+        return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads at the most
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda x, y, z, *_: self.launched.append((x, y, z))
+
+
 def source(launch: Launch) -> ASTSource:
     """The launch as Triton specialises it: by type, None, 1, and divisibility by 16."""
     signature, constants, attributes = {}, {}, {}
