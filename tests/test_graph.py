@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from captures import CPUCapture, Watched, tensors_of
+from gpu import nothing_waits, profiled
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -359,12 +360,9 @@ def test_nothing_in_a_step_waits_for_the_gpu(captured: bool) -> None:
     )
     data = [torch.rand(20, 12, device="cuda")] * 10
     step = trained(gaussian, data, config, torch.bfloat16, "cuda", captured)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for x in data:
             step(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -372,14 +370,10 @@ def test_a_replay_is_one_launch_with_one_kernel_forward_and_one_backward_for_eac
     pytest.importorskip("triton", reason="triton is not installed")
     x = torch.rand(20, 12, device="cuda")
     step = trained(mlp, [x] * 10, TrainConfig(), torch.bfloat16, "cuda")
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step(x)
-        torch.cuda.synchronize()
-    names = [event.name for event in profile.events()]
-    assert names.count("cudaGraphLaunch") == 1
+    asked, done = profiled(lambda: step(x))
+    assert asked.count("cudaGraphLaunch") == 1
     for operator in ("elbo_forward_kernel", "elbo_backward_kernel"):
-        assert names.count(operator) == 2  # of sample_and_kl, and of the loss
+        assert done.count(operator) == 2  # of sample_and_kl, and of the loss
 
 
 def test_a_warm_up_notes_the_lines_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +427,7 @@ def test_what_torch_is_asked_for_on_a_gpu(where: str) -> None:
 
     with (
         mock.patch.object(torch, "cuda", cuda),
+        mock.patch.object(graph_module, "_broken", broken := []),
         mock.patch.object(torch, "Generator") as generator,
         mock.patch.object(torch._C, "_cuda_clearCublasWorkspaces", create=True) as clear,
         mock.patch.object(torch._C, "_cuda_endAllocateToPool", create=True) as end,
@@ -450,6 +445,7 @@ def test_what_torch_is_asked_for_on_a_gpu(where: str) -> None:
             restored = cuda.default_generators[0].graphsafe_set_state
             restored.assert_called_once_with(generator.return_value)
             end.assert_called_once_with(0, pool)
+    assert broken == ([] if where == "nowhere" else [cuda.CUDAGraph.return_value])
     clear.assert_called_once()
     assert cuda.graph.call_args.args[1] == pool
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from gpu import nothing_waits, profiled
 from processes import run_checks
 from torch import Tensor
 
@@ -84,12 +85,7 @@ def device_events(run: Callable[[], object]) -> list[str]:
     """Names of what one run puts on the GPU."""
     run()
     torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
-    return [event.name for event in profile.events() if event.device_type == cuda]
+    return profiled(run)[1]
 
 
 @pytest.mark.parametrize("checks", ["elbo_checks.py", "gather_checks.py", "rng_checks.py"])
@@ -127,11 +123,8 @@ def test_a_replay_launches_one_kernel_forward_and_one_backward() -> None:
 def test_nothing_waits_for_the_gpu(launcher: ModuleType) -> None:
     call = Call(launcher, 128, 784, 20)
     call.both()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         call.both()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

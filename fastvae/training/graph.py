@@ -20,6 +20,9 @@ from .distributed import Share
 WARM_UPS = 3  # steps of a kind as they are written, which compile, allocate and choose, before it is captured
 MOST_GRAPHS = 8  # kinds of batches that are captured; each keeps a copy of a batch
 
+# those whose capture failed: torch's allocators may go on asking them whether a stream is theirs
+_broken: list[torch.cuda.CUDAGraph] = []
+
 Make = Callable[[Tensor, Share], Iterable[Tensor]]
 Outputs = tuple[Tensor, ...]
 
@@ -145,6 +148,7 @@ class CUDACapture:
             ):
                 made = function()
         except Exception as error:
+            _broken.append(graph)
             self._recover(noise)
             first = error.__context__ or error  # the end of a capture that has failed fails as well
             raise CaptureError(str(first).partition("\n")[0]) from error

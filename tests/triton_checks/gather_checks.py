@@ -28,7 +28,7 @@ from fastvae.data.resident import Resident
 from fastvae.data.streaming import Streaming
 from fastvae.data.transfers import CudaCopies
 
-DEVICE = torch.device(os.environ["FASTVAE_CHECK_DEVICE"])
+DEVICE = torch.empty(0, device=os.environ["FASTVAE_CHECK_DEVICE"]).device  # with its number
 BF16, FP16, FP32, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.uint8
 KINDS = [Resident, Streaming]
 
