@@ -47,7 +47,8 @@ def images() -> np.ndarray:
 def engine(images: np.ndarray, device: str, epochs: int = EPOCHS, **options: Any) -> Callable[[], None]:
     """What `fastvae train --amp` runs: on a CPU it gathers between steps."""
     config = TrainConfig(epochs=epochs, amp=True, device=device, **options)
-    loader = fastvae.DataLoader(images, BATCH, shuffle=True, num_workers=0 if device == "cpu" else None)
+    workers = 0 if device == "cpu" else None
+    loader = fastvae.DataLoader(images, BATCH, shuffle=True, num_workers=workers, device=device)
     model = fastvae.VAE.mlp((784,))
     return lambda: void(Trainer(model, loader, config=config).fit())
 

@@ -1,11 +1,10 @@
-"""`compare` times opponents in turn; the ratios stand in a table at the end, and in a JSON file."""
+"""`compare` times opponents in turn; the ratios go into a JSON file as they come, and into a table at the end."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_pass import commit
 from timing import interleaved, median, ratio, spread
 
 import fastvae
@@ -75,6 +75,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
             row["copy_bytes_per_s"] = copy
             row["share_of_copy"] = {name: rate / copy for name, rate in bandwidth.items()}
         request.config.stash[ROWS].append(row)
+        _write(request.config)
         benchmark.extra_info.update(row)
         benchmark.pedantic(callables[ours], rounds=3)
 
@@ -92,10 +93,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for name in row["median_s"]:
             ratio = f"{row['ratio'][name]:6.2f} x" if name in row["ratio"] else " " * 8
             terminalreporter.write_line(f"  {ratio}  {name:39s} {_show(row, name)}")
+    terminalreporter.write_line(f"figures: {config.getoption('--results')}")
+
+
+def _write(config: pytest.Config) -> None:
+    """The rows so far, for a run may be cut off."""
     path: Path = config.getoption("--results")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**_environment(), "rows": rows}, indent=2) + "\n")
-    terminalreporter.write_line(f"figures: {path}")
+    path.write_text(json.dumps({**_environment(), "rows": config.stash[ROWS]}, indent=2) + "\n")
 
 
 def _show(row: dict[str, Any], name: str) -> str:
@@ -111,12 +116,10 @@ def _show(row: dict[str, Any], name: str) -> str:
 
 
 def _environment() -> dict[str, Any]:
-    head, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
-    commit = subprocess.run(head, cwd=here, capture_output=True, text=True, check=False)
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "fastvae": fastvae.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
