@@ -229,7 +229,8 @@ def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -
         "p_beta": p_beta, "p_log_scale": p_log_scale, "p_seed": p_seed,
         # float(), because an int of 1 would be compiled in
         "beta": float(beta_number), "log_scale": float(log_scale_number), "seed": int(seed_number),
-        "free_bits": float(spec.free_bits or 0), "recon_scale": recon_scale, "kl_scale": spec.kl_scale(extents),
+        "free_bits": float(spec.free_bits or 0),
+        "recon_scale": recon_scale, "kl_scale": spec.kl_scale(extents),
         "clamp_low": float(low), "clamp_high": float(high),
         "samples": samples, "batch": batch, "features": features, "latents": latents,
         "first_row": spec.first_row, "offset": spec.offset,
