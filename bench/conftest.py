@@ -1,4 +1,4 @@
-"""`compare` times opponents in turn; the ratios go into a JSON file as they come, and a table ends the run."""
+"""`compare` times opponents in turn; the ratios go into a JSON file as they come, and a table ends it all."""
 
 from __future__ import annotations
 

@@ -86,16 +86,7 @@ def main() -> int:
     record.step("environment", [sys.executable, "-c", DESCRIBE, str(out / "environment.json")])
     record.write(environment=read_json(out / "environment.json"))
 
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        str(ROOT / "pyproject.toml"),
-    ]
+    pytest = [sys.executable, "-m", "pytest", "-v", "-c", str(ROOT / "pyproject.toml")]
     pytest += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", "--continue-on-collection-errors"]
     tests = [*pytest, str(ROOT / "tests"), "-m", "gpu", "-k"]
     record.steps({"tests": [*tests, f"not {NUMBERS}"], "numbers": [*tests, NUMBERS]}, FAIL_WITHOUT_CUDA="1")
@@ -254,9 +245,8 @@ def run_limited(command: list[str], limit: float, log: Path, environment: Mappin
 
 def outcomes_of(log: Path) -> list[tuple[str, str]]:
     """Each test in what `pytest -v` has printed, and its outcome; "CUT OFF" where there is none."""
-    found = re.findall(
-        r"^(\S+\.py::.+?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b|$)", text_of(log), re.M
-    )
+    line = r"^(\S+\.py::.+?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b|$)"
+    found = re.findall(line, text_of(log), re.MULTILINE)
     # where the tests lie is no matter
     return [(re.sub("^.*?(?=tests/)", "", test.strip()), outcome or "CUT OFF") for test, outcome in found]
 
