@@ -344,6 +344,24 @@ def test_tickets_of_graphs_stay_when_all_are_taken(monkeypatch: pytest.MonkeyPat
     assert not kept.expired()
 
 
+def test_tickets_are_made_in_a_thread_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever pool of memory the caller's thread has, they are not from it."""
+    triton = pytest.importorskip("fastvae.ops.triton", reason="triton is not installed")
+    monkeypatch.setattr(triton, "_stream_tickets", {})
+    monkeypatch.setattr(triton, "_graph_tickets", {})
+    zeros, threads = torch.zeros, []
+
+    def noted(*sizes: int, **options: object) -> Tensor:
+        threads.append(threading.current_thread())
+        return zeros(*sizes, **options)
+
+    monkeypatch.setattr(torch, "zeros", noted)
+    for _ in range(2):
+        triton._ticket(torch.device("cpu"))
+    assert len(threads) == 2  # of the stream, and those of graphs
+    assert threading.current_thread() not in threads
+
+
 def test_kinds_of_batches_beyond_the_most_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_module, "MOST_GRAPHS", 1)
     config, data = TrainConfig(lr=1e-2), batches(12)

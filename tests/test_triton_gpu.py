@@ -177,6 +177,21 @@ def test_graphs_side_by_side(launcher: ModuleType) -> None:
         assert_equal(result, expected[2])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_torch_compile_makes_graphs_of_it() -> None:
+    """Where nothing that a call keeps may be from the memory of its graphs."""
+    loss_fn = ELBOLoss(log_variance=torch.zeros((), device="cuda"), likelihood="gaussian")
+    compiled = torch.compile(loss_fn, mode="reduce-overhead", fullgraph=True)
+    for _ in range(5):
+        mu, logvar, x_hat = (torch.randn(128, n, device="cuda", requires_grad=True) for n in (20, 20, 784))
+        x = torch.rand(128, 784, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        found = torch.autograd.grad(compiled(x_hat, x, mu, logvar), (x_hat, mu, logvar))
+        assert_equal(
+            list(found), list(torch.autograd.grad(loss_fn(x_hat, x, mu, logvar), (x_hat, mu, logvar)))
+        )
+
+
 def test_more_than_2_to_the_31_elements(launcher: ModuleType) -> None:
     batch, features = 3, 2**30
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:

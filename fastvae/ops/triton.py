@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -350,11 +352,27 @@ def _ticket(device: torch.device) -> Tensor:
         stream = torch.cuda.current_stream(device).cuda_stream
     ticket = _stream_tickets.get((device, stream))
     if ticket is None:
-        ticket = _stream_tickets[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+        ticket = _stream_tickets[device, stream] = _lasting_zeros(1, device)
         if device not in _graph_tickets:
-            kept = torch.zeros(_KEPT_FOR_GRAPHS * _APART, dtype=torch.int32, device=device)
+            kept = _lasting_zeros(_KEPT_FOR_GRAPHS * _APART, device)
             _graph_tickets[device] = kept, iter(range(0, len(kept), _APART))
     return ticket
+
+
+def _lasting_zeros(n: int, device: torch.device) -> Tensor:
+    """Zeros that stay, made on the current stream.
+
+    And in a thread of their own: what this one makes while torch.compile(mode="reduce-overhead") warms up is
+    from its pool of memory, where it is an error to keep any.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def make() -> Tensor:
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            return torch.zeros(n, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def _graph_ticket(device: torch.device) -> Tensor:
