@@ -1,8 +1,9 @@
 """ln p(x) by importance sampling, 784-400-20-400-784, 500 draws a datum, against loops that people write.
 
-A datum costs what any other does, so a part of a test set stands for all of it; `-m slow` takes it whole. The
-bare products are those of the decoder as it is, in pieces of the size at which they are fastest; fastvae
-needs fewer, as fastvae/inference/reach.py says.
+Of test images after an epoch of training, a part of them standing for all (`-m slow` takes all), and of noise
+before any training: what fastvae saves depends on how few hidden units the draws of a datum flip, as
+fastvae/inference/flips.py says. The bare products are those of the decoder as it is, in pieces of the size at
+which they are fastest.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import fastvae
-from fastvae.data import resolve
+from fastvae.data import DataError, resolve
 from fastvae.inference import log_likelihood
+from fastvae.training.config import TrainConfig
+from fastvae.training.trainer import Trainer
 
 N, DRAWS = 300, 500
 PYTHAE_BATCH = 100  # draws at a time, by default
@@ -66,43 +69,75 @@ def bare_products(device: str, n: int = N) -> Callable[[], None]:
     return products
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@torch.no_grad()
-def test_bench_evaluate(compare: Callable[..., None], device: str) -> None:
+@pytest.fixture(scope="module")
+def trained() -> tuple[fastvae.VAE, Tensor]:
+    """A model after an epoch on Fashion-MNIST, and the 10,000 test images."""
+    try:
+        images = resolve("fashion-mnist")
+    except DataError:
+        pytest.skip("Fashion-MNIST is absent")
+    assert images.test is not None
     torch.manual_seed(0)
-    model = fastvae.VAE.mlp((784,)).to(device).eval()
-    x = torch.rand(N, 784, device=device)
-    ours = {"fastvae": lambda: log_likelihood(model, [x], n_samples=DRAWS)}
+    model = fastvae.VAE.mlp((784,))
+    loader = fastvae.DataLoader(images.train.x.reshape(-1, 784), 128, shuffle=True)
+    Trainer(model, loader, config=TrainConfig(epochs=1, amp=True, device="cpu")).fit()
+    return model.eval(), torch.from_numpy(images.test.x).flatten(1) / 255
+
+
+@pytest.fixture
+def untrained() -> tuple[fastvae.VAE, Tensor]:
+    torch.manual_seed(0)
+    return fastvae.VAE.mlp((784,)).eval(), torch.rand(N, 784)
+
+
+Compare = Callable[..., None]
+
+
+def compare_all(compare: Compare, title: str, model: fastvae.VAE, x: Tensor, rounds: int) -> None:
+    """Against every opponent, whose bounds are first seen to agree."""
+    device = x.device.type
+    ours = {"fastvae": lambda: log_likelihood(model, x.split(256), n_samples=DRAWS)}
     opponents: dict[str, Callable[[], object]] = {
         "a datum at a time": lambda: by_hand(model, x, DRAWS),
         "a datum at a time, 100 draws of it": lambda: by_hand(model, x, PYTHAE_BATCH),
         "a datum at a time, torch.distributions": lambda: by_distributions(model, x),
     }
-    expected = ours["fastvae"]()
-    for opponent in opponents.values():
+    some = x[:N]
+    expected = log_likelihood(model, [some], n_samples=DRAWS)
+    for bounds in (
+        by_hand(model, some, DRAWS),
+        by_hand(model, some, PYTHAE_BATCH),
+        by_distributions(model, some),
+    ):
         error = expected.monte_carlo_error * math.sqrt(2)
-        assert abs(opponent().mean().item() - expected.estimate) < 6 * error
+        assert abs(bounds.mean().item() - expected.estimate) < 6 * error
     compare(
-        f"ln p(x) of {N} data, {DRAWS} draws each, on {device}",
-        {**ours, **opponents, "the bare decoder products": bare_products(device)},
-        rounds=ROUNDS,
+        f"ln p(x) of {title}, {DRAWS} draws each, on {device}",
+        {**ours, **opponents, "the bare decoder products": bare_products(device, len(x))},
+        rounds=rounds,
         synchronize=torch.cuda.synchronize if device == "cuda" else lambda: None,
-        samples=N * DRAWS,
+        samples=len(x) * DRAWS,
     )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_bench_evaluate(compare: Compare, trained: tuple[fastvae.VAE, Tensor], device: str) -> None:
+    model, x = trained
+    compare_all(compare, f"{N} test images", model.to(device), x[:N].to(device), ROUNDS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_bench_evaluate_untrained(
+    compare: Compare, untrained: tuple[fastvae.VAE, Tensor], device: str
+) -> None:
+    model, x = untrained
+    compare_all(compare, f"{N} data, untrained", model.to(device), x.to(device), ROUNDS)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_bench_evaluate_of_a_test_set(compare: Callable[..., None]) -> None:
-    test = resolve("fashion-mnist").test
-    assert test is not None
-    model, loader = fastvae.VAE.mlp((1, 28, 28)).eval(), fastvae.DataLoader(test, 256)
-    compare(
-        f"ln p(x) of Fashion-MNIST's {test.n_samples:,} test images, {DRAWS} draws each, on cpu",
-        {
-            "fastvae": lambda: log_likelihood(model, loader, n_samples=DRAWS),
-            "the bare decoder products": bare_products("cpu", test.n_samples),
-        },
-        rounds=1,
-        samples=test.n_samples * DRAWS,
-    )
+def test_bench_evaluate_of_a_test_set(compare: Compare, trained: tuple[fastvae.VAE, Tensor]) -> None:
+    model, x = trained
+    compare_all(compare, f"Fashion-MNIST's {len(x):,} test images", model, x, 1)

@@ -5,7 +5,7 @@
 
 namespace fastvae {
 
-constexpr std::int64_t flip_columns = 64;  // of `gram` that lie together
+constexpr std::int64_t flip_columns = 32;  // of gram that lie together: a strip of them may stay in the nearest cache
 constexpr std::int64_t flip_draws = 32;    // of a datum that are worked on together
 
 // With y = (1, noise) and delta = max(y . layer, 0), of which most is 0,

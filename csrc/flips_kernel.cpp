@@ -10,6 +10,30 @@ namespace {
 
 constexpr std::int64_t lanes = Lanes<float>::count;
 
+using Register = float __attribute__((vector_size(FASTVAE_REGISTER)));
+constexpr std::int64_t in_register = FASTVAE_REGISTER / sizeof(float);
+static_assert(flip_columns % (2 * in_register) == 0);
+
+inline Register load_register(const float* from) {
+    Register v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+}
+
+// 16 sums, to which products are added. A vector of 16 would go through memory where registers are narrower.
+struct Parts {
+    static constexpr std::int64_t n = lanes / in_register;
+    Register sums[n] = {};
+
+    void add(const float* v, float factor) {
+        for (std::int64_t i = 0; i < n; ++i) sums[i] += load_register(v + i * in_register) * factor;
+    }
+    void add(const Parts& v, const float* factors) {
+        for (std::int64_t i = 0; i < n; ++i) sums[i] += v.sums[i] * load_register(factors + i * in_register);
+    }
+    double sum() const { return sum_lanes<float>(bit_cast<f32x16>(sums)); }
+};
+
 // One datum: what its draws have in common, and then its draws, some at a time.
 class Datum {
 public:
@@ -38,33 +62,28 @@ public:
             std::memcpy(y + 1, noise, static_cast<std::size_t>(p.latents) * sizeof(float));
         }
         rectify(n);
-        f32x16 values[flip_draws];
+        Parts values[flip_draws];
         for (std::int64_t d = 0; d < n; ++d) {
             find_flipped(d);
             values[d] = of_noise(d);
         }
         for (std::int64_t strip = 0; strip * flip_columns < p.units; ++strip)
-            for (std::int64_t d = 0; d < n; ++d) values[d] += of_flipped(d, strip);
-        for (std::int64_t d = 0; d < n; ++d) p.values[(k + d) * p.batch + b] = sum_lanes<float>(values[d]);
+            for (std::int64_t d = 0; d < n; ++d) add_flipped(d, strip, values[d]);
+        for (std::int64_t d = 0; d < n; ++d) p.values[(k + d) * p.batch + b] = values[d].sum();
     }
 
 private:
     // delta of the first n draws: as many of them together, and as many units, as registers hold sums.
     void rectify(std::int64_t n) {
-        using V = float __attribute__((vector_size(FASTVAE_REGISTER)));
-        constexpr std::int64_t in_register = sizeof(V) / sizeof(float), together = 4;
-        const auto at = [](const float* from) {
-            V v;
-            std::memcpy(&v, from, sizeof(v));
-            return v;
-        };
+        constexpr std::int64_t together = 4;
         for (std::int64_t j = 0; j < p.units; j += 2 * in_register) {
-            const V low = at(layer + j), high = at(layer + j + in_register);
+            const Register low = load_register(layer + j), high = load_register(layer + j + in_register);
             for (std::int64_t d = 0; d < n; d += together) {
-                V sums[together][2];
+                Register sums[together][2];
                 for (auto& sum : sums) sum[0] = low, sum[1] = high;
                 for (std::int64_t k = 1; k <= p.latents; ++k) {
-                    const V left = at(layer + k * p.units + j), right = at(layer + k * p.units + j + in_register);
+                    const float* row = layer + k * p.units + j;
+                    const Register left = load_register(row), right = load_register(row + in_register);
                     for (std::int64_t i = 0; i < together; ++i) {
                         const float y = s.y[(d + i) * width + k];
                         sums[i][0] += left * y;
@@ -72,7 +91,7 @@ private:
                     }
                 }
                 for (std::int64_t i = 0; i < together; ++i) {
-                    for (V& sum : sums[i]) sum = sum > 0 ? sum : V{};
+                    for (Register& sum : sums[i]) sum = sum > 0 ? sum : Register{};
                     std::memcpy(s.delta + (d + i) * p.units + j, sums[i], sizeof(sums[i]));
                 }
             }
@@ -84,42 +103,39 @@ private:
         std::int32_t *flipped = s.flipped + d * p.units, *end = s.ends + d * (p.units / flip_columns);
         std::int32_t n = 0;
         for (std::int64_t j = 0; j < p.units; j += lanes) {
-            for (std::uint32_t found = above_zero(load(delta + j)); found; found &= found - 1)
-                flipped[n++] = static_cast<std::int32_t>(j) + __builtin_ctz(found);
+            n += put_above_zero(load(delta + j), static_cast<std::int32_t>(j), flipped + n);
             if ((j + lanes) % flip_columns == 0) *end++ = n;
         }
     }
 
     // noise . (square y) + y . (cross delta), in parts
-    f32x16 of_noise(std::int64_t d) const {
+    Parts of_noise(std::int64_t d) const {
         const float *y = s.y + d * width, *delta = s.delta + d * p.units, *cross = s.rows + p.latents * width;
         const std::int32_t* flipped = s.flipped + d * p.units;
         const std::int32_t n = s.ends[(d + 1) * (p.units / flip_columns) - 1];
-        f32x16 total = {};
+        Parts total;
         for (std::int64_t l = 0; l < width; l += lanes) {
-            f32x16 sum = {};
-            for (std::int64_t k = 0; k < p.latents; ++k) sum += load(s.rows + k * width + l) * y[1 + k];
-            for (std::int32_t i = 0; i < n; ++i) sum += load(cross + flipped[i] * width + l) * delta[flipped[i]];
-            total += sum * load(y + l);
+            Parts sum;
+            for (std::int64_t k = 0; k < p.latents; ++k) sum.add(s.rows + k * width + l, y[1 + k]);
+            for (std::int32_t i = 0; i < n; ++i) sum.add(cross + flipped[i] * width + l, delta[flipped[i]]);
+            total.add(sum, y + l);
         }
         return total;
     }
 
     // What the columns of a strip are of delta . (gram delta), in parts
-    f32x16 of_flipped(std::int64_t d, std::int64_t strip) const {
+    void add_flipped(std::int64_t d, std::int64_t strip, Parts& total) const {
         constexpr std::int64_t n_sums = flip_columns / lanes;
         const std::int32_t* end = s.ends + d * (p.units / flip_columns) + strip;
-        f32x16 total = {};
-        if (*end == (strip == 0 ? 0 : end[-1])) return total;  // none of its own
+        if (*end == (strip == 0 ? 0 : end[-1])) return;  // none of its own
         const float *delta = s.delta + d * p.units, *gram = p.gram + strip * p.units * flip_columns;
         const std::int32_t* flipped = s.flipped + d * p.units;
-        f32x16 sums[n_sums] = {};
+        Parts sums[n_sums];
         for (std::int32_t i = 0; i < *end; ++i) {
             const float* row = gram + flipped[i] * flip_columns;
-            for (std::int64_t a = 0; a < n_sums; ++a) sums[a] += load(row + a * lanes) * delta[flipped[i]];
+            for (std::int64_t a = 0; a < n_sums; ++a) sums[a].add(row + a * lanes, delta[flipped[i]]);
         }
-        for (std::int64_t a = 0; a < n_sums; ++a) total += sums[a] * load(delta + strip * flip_columns + a * lanes);
-        return total;
+        for (std::int64_t a = 0; a < n_sums; ++a) total.add(sums[a], delta + strip * flip_columns + a * lanes);
     }
 
     const Flips& p;

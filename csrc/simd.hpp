@@ -87,21 +87,21 @@ inline void end_streams() {
 #endif
 }
 
-// Bit i says whether lane i is above 0.
-inline std::uint32_t above_zero(const f32x16& v) {
+// Write first + i for each lane i of v that is above 0, one after another, and return how many there are. All 16
+// places may be written to. Without branches, which nothing could foretell.
+inline std::int32_t put_above_zero(const f32x16& v, std::int32_t first, std::int32_t* out) {
 #if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask(bit_cast<__m512>(v), _mm512_setzero_ps(), _CMP_GT_OQ);
-#elif defined(__SSE__)
-    __m128 parts[4];
-    std::memcpy(parts, &v, sizeof(v));
-    std::uint32_t bits = 0;
-    for (int i = 0; i < 4; ++i)
-        bits |= static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps(parts[i], _mm_setzero_ps()))) << (4 * i);
-    return bits;
+    const __mmask16 above = _mm512_cmp_ps_mask(bit_cast<__m512>(v), _mm512_setzero_ps(), _CMP_GT_OQ);
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(above, bit_cast<__m512i>(lane + first)));
+    return __builtin_popcount(above);
 #else
-    std::uint32_t bits = 0;
-    for (int i = 0; i < 16; ++i) bits |= static_cast<std::uint32_t>(v[i] > 0) << i;
-    return bits;
+    std::int32_t n = 0;
+    for (std::int32_t i = 0; i < 16; ++i) {
+        out[n] = first + i;
+        n += v[i] > 0;
+    }
+    return n;
 #endif
 }
 

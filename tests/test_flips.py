@@ -16,8 +16,8 @@ from fastvae.inference.weigh import Weigher
 
 pytestmark = pytest.mark.usefixtures("seed")
 
-# The scale of the units' biases, or all of them; the log variance of the posterior; whether there are sure to be
-# units that are on in all draws, off in all, and neither.
+# The scale of the units' biases, or all of them; the log variance of the posterior; whether some units are
+# sure to be on in all draws, off in all, and neither.
 CASES = {
     "as in a trained model": (2.0, -3.0, (True, True, True)),
     "wide": (0.5, 1.0, (False, False, True)),
@@ -35,8 +35,8 @@ SIZES = [(1, 7, 20, 9), (5, 130, 150, 70), (16, 128, 784, 64)]
 def test_is_as_exact_as_decoding(
     case: str, variance: float | str | None, latents: int, units: int, features: int, n_draws: int
 ) -> None:
-    """At most twice the error of decoding in float32, and 16 roundings: where draws are far from their mean, what
-    it sums is larger than the sum."""
+    """At most twice the error of decoding in float32, and 16 roundings: where draws are far from their mean,
+    what it sums is larger than the sum."""
     bias, log_variance, expected = CASES[case]
     likelihood = "mse" if variance is None else "gaussian"
     model = fastvae.VAE.mlp((features,), (units,), latents, likelihood=likelihood, variance=variance)

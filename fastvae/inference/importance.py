@@ -257,7 +257,9 @@ class _Weights:
 
 
 def _spans(n: int, size: int) -> Iterator[tuple[int, int]]:
-    """[0, n) in pieces of at most `size`: where each begins, and how long it is."""
+    """[0, n) in the fewest pieces of at most `size`, about as long as one another: where each begins, its length."""
+    pieces = max(1, -(-n // size))
+    size = max(1, -(-n // pieces))
     for first in range(0, n, size):
         yield first, min(size, n - first)
 
