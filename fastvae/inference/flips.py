@@ -29,7 +29,6 @@ from ..ops import elbo
 from .weigh import LogWeights, Weigher
 
 _ELEMENTS = 1 << 20  # of T, and of noise, at a time: they stay in the cache
-
 _DRAWS = 4  # for each latent, for which it pays to compute what that does to the units
 
 
@@ -82,7 +81,7 @@ class FlipWeigher(Weigher):
             log_variance=self.log_variance,
             reduction="none",
         ).loss
-        # rows of constants, then one for each element of eps: p, and 2 W^T (r + J eps) times `factor`
+        # a row of constants, then one for each element of eps: of p, and of 2 W^T (r + J eps) times `factor`
         turn = sigma[:, :, None] * self.first
         layer = torch.cat((p[:, None], turn), 1)
         layer *= (1 - 2 * on)[:, None]  # below 0 at mu: what flips is above

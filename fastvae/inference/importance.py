@@ -257,7 +257,7 @@ class _Weights:
 
 
 def _spans(n: int, size: int) -> Iterator[tuple[int, int]]:
-    """[0, n) in the fewest pieces of at most `size`, about as long as one another: where each begins, its length."""
+    """[0, n) in the fewest pieces of at most `size`, all about as long: where each begins, and its length."""
     pieces = max(1, -(-n // size))
     size = max(1, -(-n // pieces))
     for first in range(0, n, size):
