@@ -40,12 +40,12 @@ void bind_mapped(py::module_& m) {
         "Rows of a file's mapping, which are checked as they are read: a file that was cut, changed or replaced, and "
         "floats that are NaN or infinite, are a DataError.")
         .def(py::init([](std::shared_ptr<DenseRows> rows, std::shared_ptr<WatchedFile> file, std::int64_t offset,
-                         std::vector<std::int64_t> row_shape, bool shared) {
+                         std::vector<std::int64_t> row_shape, bool shared, std::size_t room) {
                  return std::make_shared<MappedRows>(std::move(rows), std::move(file), offset, std::move(row_shape),
-                                                     shared);
+                                                     shared, room);
              }),
              py::arg("rows"), py::arg("file"), py::kw_only(), py::arg("offset"), py::arg("row_shape"),
-             py::arg("shared"), py::keep_alive<1, 2>());
+             py::arg("shared"), py::arg("room"), py::keep_alive<1, 2>());
 }
 
 }  // namespace fastvae

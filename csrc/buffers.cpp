@@ -1,5 +1,7 @@
 #include "buffers.hpp"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <new>
 #include <utility>
@@ -12,6 +14,11 @@ namespace fastvae {
 
 namespace {
 constexpr std::size_t huge_page = 2u << 20;
+}
+
+std::size_t page_size() {
+    static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    return size;
 }
 
 Memory::Memory(std::size_t bytes)

@@ -8,6 +8,8 @@
 
 namespace fastvae {
 
+std::size_t page_size();
+
 // Memory that begins at a huge page and, where the system has them, lies on huge pages.
 class Memory {
 public:

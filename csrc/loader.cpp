@@ -14,10 +14,13 @@
 #include <string>
 #include <utility>
 
+#include "stage.hpp"
+
 namespace fastvae {
 namespace {
 
 constexpr std::size_t kCacheLine = 64;
+constexpr int kReaders = 2;  // of a stage: one waits for the disk while the other asks it for more
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
 constexpr std::size_t kHugeFrom = std::size_t{1} << 22;
 
@@ -114,6 +117,7 @@ struct Batches::State {
           pool(std::move(pool_)),
           x_bytes(bytes_of_x(table_, batch_size_)),
           slots(static_cast<std::size_t>(2 * workers + 1)),
+          stage(staged(first_batch)),
           claimed(first_batch),
           delivered(first_batch) {}
 
@@ -128,7 +132,9 @@ struct Batches::State {
     std::mutex mutex;
     std::condition_variable room;   // the workers wait for a free slot
     std::condition_variable moved;  // `look_ahead` waits for `claimed` to reach `look_at`
-    std::vector<Slot> slots;       // batch k lies in slot k modulo their number
+    std::condition_variable ready;  // the consumer waits for a worker, where there is a stage
+    std::vector<Slot> slots;        // batch k lies in slot k modulo their number
+    const std::unique_ptr<Stage> stage;
     std::int64_t claimed;
     std::int64_t delivered;
     std::int64_t look_at = std::numeric_limits<std::int64_t>::max();
@@ -137,6 +143,13 @@ struct Batches::State {
 
     std::mutex consumer;  // two Python threads may share an iterator
 
+    // Several ranks have their rows from one page cache, not each the whole file from the disk.
+    std::unique_ptr<Stage> staged(std::int64_t first_batch) const {
+        if (order.n_blocks() == 0 || share.ranks > 1 || first_batch >= n_batches) return nullptr;
+        const auto in_flight = static_cast<std::int64_t>(slots.size()) * batch_size;
+        return Stage::over(*table.rows, table.indices, order, window_of(first_batch), in_flight);
+    }
+
     Slot& slot(std::int64_t k) { return slots[static_cast<std::size_t>(k) % slots.size()]; }
 
     bool finished() const { return stopping || claimed >= n_batches; }
@@ -144,6 +157,8 @@ struct Batches::State {
 
     std::int64_t claim() {
         if (claimed + 1 >= look_at) moved.notify_one();
+        // a batch that is more than the slots behind the newest one has been delivered
+        if (stage) stage->release(window_of(claimed + 1 - static_cast<std::int64_t>(slots.size())));
         return claimed++;
     }
 
@@ -159,6 +174,7 @@ struct Batches::State {
         made.ready = true;
         lock.lock();
         if (k >= delivered) slot(k) = std::move(made);
+        if (k == delivered) ready.notify_one();
     }
 
     void work() {
@@ -174,13 +190,13 @@ struct Batches::State {
     // windows that are done. A batch that is more than the slots behind the newest one has been delivered.
     void look_ahead() {
         std::unique_lock lock(mutex);
-        std::int64_t expected = order.window_first(block_of(claimed));
+        std::int64_t expected = window_of(claimed);
         std::int64_t forgotten = expected;
         while (!stopping) {
             const std::int64_t block = block_of(claimed);
             const std::int64_t window = order.window_first(block);
             const std::int64_t ahead = std::min(order.n_blocks(), block + order.window_end(block) - window);
-            const std::int64_t behind = order.window_first(block_of(claimed - static_cast<std::int64_t>(slots.size())));
+            const std::int64_t behind = window_of(claimed - static_cast<std::int64_t>(slots.size()));
             if (expected < ahead || forgotten < behind) {
                 lock.unlock();
                 if (forgotten < behind) {
@@ -205,6 +221,9 @@ struct Batches::State {
         return order.block_at(std::clamp<std::int64_t>(k * batch_size, 0, order.size() - 1));
     }
 
+    // The first block of the window that it is in.
+    std::int64_t window_of(std::int64_t k) const { return order.window_first(block_of(k)); }
+
     // Calls `tell` with the rows of a block, in pieces without large gaps.
     void each_row_of(std::int64_t block, void (Rows::*tell)(std::int64_t first, std::int64_t count) const) const {
         constexpr std::int64_t kGap = 8;
@@ -228,14 +247,21 @@ struct Batches::State {
         const std::int64_t all = std::min(batch_size, order.size() - k * batch_size);
         const std::int64_t first = k * batch_size + share.begin(all);
         const std::int64_t size = share.end(all) - share.begin(all);
-        std::vector<std::int64_t> rows(static_cast<std::size_t>(size));
-        order.fill(first, size, rows.data());
+        std::vector<std::int64_t> places(static_cast<std::size_t>(size));
+        order.fill_places(first, size, places.data());
+        std::vector<std::int64_t> rows = places;
+        order.replace_by_samples(rows.data(), size);
         if (table.indices) {
             for (std::int64_t& row : rows) row = table.indices[row];
         }
 
         Batch batch{pool->take(), nullptr, size, table.rows->bytes_of(rows.data(), size)};
-        table.rows->gather(rows.data(), size, table.form, batch.memory.get());
+        if (stage) {
+            stage->wait_for(order.window_end(order.block_at(first + size - 1)));
+            stage->gather(places.data(), rows.data(), size, table.form, batch.memory.get());
+        } else {
+            table.rows->gather(rows.data(), size, table.form, batch.memory.get());
+        }
         if (table.labels) {
             batch.y = reinterpret_cast<std::int64_t*>(batch.memory.get() + x_bytes);
             for (std::size_t i = 0; i < rows.size(); ++i) batch.y[i] = table.labels[rows[i]];
@@ -254,10 +280,12 @@ Batches::Batches(const Table& table, const Order& order, std::int64_t batch_size
       meter_(std::move(meter)),
       position_(std::make_shared<std::atomic<std::int64_t>>(first_batch)),
       metered_(Clock::now()) {
-    threads_->reserve(static_cast<std::size_t>(workers) + 1);
+    threads_->reserve(static_cast<std::size_t>(workers + kReaders));
     try {
         for (int i = 0; i < workers; ++i) threads_->emplace_back([state = state_] { state->work(); });
-        if (first_batch < n_batches && order.n_blocks() > 0 && table.rows->on_disk()) {
+        if (state_->stage) {
+            for (int i = 0; i < kReaders; ++i) threads_->emplace_back([state = state_] { state->stage->fill(); });
+        } else if (first_batch < n_batches && order.n_blocks() > 0 && table.rows->on_disk()) {
             threads_->emplace_back([state = state_] { state->look_ahead(); });
         }
     } catch (...) {
@@ -282,6 +310,7 @@ void Batches::stop() {
     }
     state_->room.notify_all();
     state_->moved.notify_all();
+    if (state_->stage) state_->stage->stop();
     for (std::thread& thread : *threads_) thread.join();
     threads_->clear();
 }
@@ -322,8 +351,15 @@ std::optional<Batch> Batches::take() {
     State::Slot& slot = state.slot(state.delivered);
     while (!slot.ready) {
         // With nothing left to claim, the batch is in the hands of a worker, who may have lost its core for
-        // milliseconds to a spinning thread: making the same batch again is sooner than waiting.
-        state.make(!state.finished() && state.has_room() ? state.claim() : state.delivered, lock);
+        // milliseconds to a spinning thread: making the same batch again is sooner than waiting. But a stage's
+        // blocks are given up once their batches are delivered: nobody may still read them then.
+        if (!state.finished() && state.has_room()) {
+            state.make(state.claim(), lock);
+        } else if (state.stage) {
+            state.ready.wait(lock, [&] { return slot.ready; });
+        } else {
+            state.make(state.delivered, lock);
+        }
     }
     State::Slot done = std::exchange(slot, {});
     if (!done.error) position_->store(state.delivered + 1);

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <utility>
 
+#include "buffers.hpp"
 #include "guard.hpp"
 
 namespace fastvae {
@@ -36,9 +37,10 @@ std::int64_t find_not_finite(const std::byte* row, std::int64_t n) {
     return found == x + n ? -1 : found - x;
 }
 
-std::size_t page_size() {
-    static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    return size;
+struct stat state_of(int descriptor) {
+    struct stat state {};
+    static_cast<void>(fstat(descriptor, &state));
+    return state;
 }
 
 bool equal(const struct timespec& a, const struct timespec& b) {
@@ -57,11 +59,40 @@ WatchedFile::WatchedFile(std::string path, std::string name, bool changes_are_ou
     : path_(std::move(path)),
       name_(std::move(name)),
       changes_are_ours_(changes_are_ours),
-      descriptor_(open_to_watch(path_, name_)) {
-    static_cast<void>(fstat(descriptor_, &opened_));
+      descriptor_(open_to_watch(path_, name_)),
+      opened_(state_of(descriptor_)),
+      shows_what_is_cached_(opened_.st_uid == geteuid() || faccessat(AT_FDCWD, path_.c_str(), W_OK, AT_EACCESS) == 0),
+      direct_(open_direct()) {}
+
+WatchedFile::~WatchedFile() {
+    close(descriptor_);
+    if (direct_ >= 0) close(direct_);
 }
 
-WatchedFile::~WatchedFile() { close(descriptor_); }
+int WatchedFile::open_direct() const {
+    const int descriptor = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+    if (descriptor < 0) return -1;
+    const struct stat found = state_of(descriptor);
+    if (found.st_dev == opened_.st_dev && found.st_ino == opened_.st_ino) return descriptor;
+    close(descriptor);
+    return -1;
+}
+
+std::size_t WatchedFile::read(std::size_t offset, std::size_t bytes, std::byte* out) const {
+    int descriptor = direct_;
+    std::size_t done = 0;
+    while (done < bytes) {
+        const ssize_t some = pread(descriptor, out + done, bytes - done, static_cast<off_t>(offset + done));
+        if (some > 0) {
+            done += static_cast<std::size_t>(some);
+        } else if (some < 0 && errno == EINVAL && descriptor == direct_) {
+            descriptor = descriptor_;  // where the file system wants other multiples
+        } else if (some == 0 || errno != EINTR) {
+            break;
+        }
+    }
+    return done;
+}
 
 std::int64_t WatchedFile::size() const {
     struct stat now {};
@@ -86,73 +117,116 @@ std::string WatchedFile::replacement() const {
 }
 
 MappedRows::MappedRows(std::shared_ptr<const DenseRows> rows, std::shared_ptr<const WatchedFile> file,
-                       std::int64_t offset, std::vector<std::int64_t> row_shape, bool shared)
+                       std::int64_t offset, std::vector<std::int64_t> row_shape, bool shared, std::size_t room)
     : Rows(rows->n_rows(), rows->item_shape()),
       rows_(std::move(rows)),
       file_(std::move(file)),
       offset_(offset),
       row_shape_(std::move(row_shape)),
-      shared_(shared) {
+      shared_(shared),
+      room_(room) {
     take_sigbus();
 }
 
-struct MappedRows::Reading {
+struct MappedRows::Writing {
     const MappedRows* self;
-    const std::int64_t* rows;
-    std::int64_t n;
     const RowWriter* writer;
+    const std::int64_t* rows;
+    const std::byte* const* addresses;
+    std::int64_t n;
     std::byte* out;
     std::int64_t bad_row = -1;
     std::int64_t bad_value = -1;
 };
 
 // Within a guarded read: nothing that has to be destroyed.
-void MappedRows::read(void* argument) {
-    Reading& reading = *static_cast<Reading*>(argument);
-    const DenseRows& dense = *reading.self->rows_;
-    if (dense.layout().element == Element::uint8) {
-        dense.write(*reading.writer, reading.rows, reading.n, reading.out);
-        return;
-    }
-    const std::size_t bytes = reading.writer->bytes();
-    const auto together = static_cast<std::int64_t>(std::max<std::size_t>(1, kChecked / dense.layout().bytes()));
-    for (std::int64_t i = 0; i < reading.n; i += together) {
-        const std::int64_t end = std::min(reading.n, i + together);
-        for (std::int64_t k = i; k < end; ++k) {
-            reading.bad_value = reading.self->first_not_finite(reading.rows[k]);
-            if (reading.bad_value >= 0) {
-                reading.bad_row = reading.rows[k];
+void MappedRows::write(void* argument) {
+    Writing& writing = *static_cast<Writing*>(argument);
+    const DenseRows& dense = *writing.self->rows_;
+    const std::size_t bytes = writing.writer->bytes();
+    const bool checks = dense.layout().element != Element::uint8;
+    const auto in_cache = static_cast<std::int64_t>(std::max<std::size_t>(1, kChecked / dense.layout().bytes()));
+    const std::int64_t together = checks ? in_cache : writing.n;
+    for (std::int64_t i = 0; i < writing.n; i += together) {
+        const std::int64_t end = std::min(writing.n, i + together);
+        const std::byte* const* const addresses = writing.addresses ? writing.addresses + i : nullptr;
+        for (std::int64_t k = i; checks && k < end; ++k) {
+            const std::byte* const row = addresses ? addresses[k - i] : dense.at(writing.rows[k]);
+            writing.bad_value = writing.self->first_not_finite(row);
+            if (writing.bad_value >= 0) {
+                writing.bad_row = writing.rows[k];
                 return;
             }
         }
-        dense.write(*reading.writer, reading.rows + i, end - i,
-                    reading.out + static_cast<std::size_t>(i) * bytes);
+        dense.write(*writing.writer, writing.rows + i, addresses, end - i,
+                    writing.out + static_cast<std::size_t>(i) * bytes);
     }
 }
 
 void MappedRows::gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const {
-    const std::size_t row_bytes = rows_->layout().bytes();
+    gather_read(rows, nullptr, n, form, out);
+}
+
+// addresses: null for rows where they are mapped.
+void MappedRows::gather_read(const std::int64_t* rows, const std::byte* const* addresses, std::int64_t n,
+                             const Form& form, std::byte* out) const {
     const RowWriter writer(layout(), form);
-    Reading reading{this, rows, n, &writer, out};
+    Writing writing{this, &writer, rows, addresses, n, out};
     const std::byte* const lost =
-        guarded_read(rows_->data(), static_cast<std::size_t>(n_rows()) * row_bytes, read, &reading);
+        guarded_read(rows_->data(), static_cast<std::size_t>(n_rows()) * layout().bytes(), write, &writing);
     const std::string change = file_->change();
     if (!change.empty()) throw_changed(change, n > 0 ? rows[0] : 0);
-    if (lost != nullptr) {
-        const std::size_t row = static_cast<std::size_t>(lost - rows_->data()) / row_bytes;
-        throw DataError(file_->name() + ": row " + std::to_string(row) +
-                        " could not be read from the disk; check it, or copy the file to another");
-    }
-    if (reading.bad_row >= 0) {
+    if (lost != nullptr) throw_lost((lost - rows_->data()) / static_cast<std::int64_t>(layout().bytes()));
+    if (writing.bad_row >= 0) {
         std::string place;
-        std::int64_t rest = reading.bad_value;
+        std::int64_t rest = writing.bad_value;
         for (auto size = row_shape_.rbegin(); size != row_shape_.rend(); ++size) {
             place.insert(0, ", " + std::to_string(rest % *size));
             rest /= *size;
         }
-        throw DataError(file_->name() + ": NaN or infinite at [" + std::to_string(reading.bad_row) + place +
+        throw DataError(file_->name() + ": NaN or infinite at [" + std::to_string(writing.bad_row) + place +
                         "]; expected finite float32");
     }
+}
+
+// Large reads past the page cache into large pages: by pages of 4 KiB, as the cache has them, the kernel takes two to
+// three times as long, and as much again to free those that they push out.
+void MappedRows::read(const std::int64_t* rows, std::int64_t n, std::byte* memory, std::size_t bytes,
+                      const std::byte** addresses) const {
+    const std::byte* const begin = rows_->at(rows[0]);
+    const auto extent = static_cast<std::size_t>(rows_->at(rows[n - 1] + 1) - begin);
+    const std::size_t offset = static_cast<std::size_t>(offset_) + static_cast<std::size_t>(begin - rows_->data());
+    const std::size_t before = offset % page_size();
+    const std::size_t pages = (before + extent + page_size() - 1) / page_size() * page_size();
+    const bool far_apart = pages > bytes;
+    if (far_apart || is_cached(begin, extent)) {
+        for (std::int64_t i = 0; i < n; ++i) {
+            addresses[i] = rows_->at(rows[i]);
+            if (far_apart) expect(rows[i], 1);
+        }
+        return;
+    }
+    const std::size_t had = file_->read(offset - before, pages, memory);
+    const std::string change = file_->change();
+    if (!change.empty()) throw_changed(change, rows[0]);
+    for (std::int64_t i = 0; i < n; ++i) {
+        const std::size_t place = before + static_cast<std::size_t>(rows_->at(rows[i]) - begin);
+        if (place + layout().bytes() > had) throw_lost(rows[i]);
+        addresses[i] = memory + place;
+    }
+}
+
+bool MappedRows::is_cached(const std::byte* begin, std::size_t bytes) const {
+    if (!file_->shows_what_is_cached()) return false;
+    const std::size_t before = reinterpret_cast<std::uintptr_t>(begin) % page_size();
+    std::vector<unsigned char> pages((before + bytes + page_size() - 1) / page_size());
+    if (mincore(const_cast<std::byte*>(begin - before), before + bytes, pages.data()) != 0) return false;
+    return std::all_of(pages.begin(), pages.end(), [](unsigned char page) { return (page & 1) != 0; });
+}
+
+void MappedRows::throw_lost(std::int64_t row) const {
+    throw DataError(file_->name() + ": row " + std::to_string(row) +
+                    " could not be read from the disk; check it, or copy the file to another");
 }
 
 void MappedRows::throw_changed(const std::string& change, std::int64_t row) const {
@@ -202,11 +276,10 @@ void MappedRows::forget(std::int64_t first, std::int64_t count) const {
     static_cast<void>(madvise(reinterpret_cast<void*>(begin), std::min(to, end_of_data) - begin, MADV_DONTNEED));
 }
 
-std::int64_t MappedRows::first_not_finite(std::int64_t row) const {
+std::int64_t MappedRows::first_not_finite(const std::byte* row) const {
     const RowLayout layout = rows_->layout();
-    const std::byte* const begin = rows_->data() + static_cast<std::size_t>(row) * layout.bytes();
     const std::int64_t n = layout.pixels * layout.channels;
-    return layout.element == Element::float32 ? find_not_finite<float>(begin, n) : find_not_finite<double>(begin, n);
+    return layout.element == Element::float32 ? find_not_finite<float>(row, n) : find_not_finite<double>(row, n);
 }
 
 }  // namespace fastvae

@@ -133,38 +133,41 @@ std::array<Span, 2> Order::samples_of(std::int64_t block) const {
 }
 
 void Order::fill(std::int64_t first, std::int64_t count, std::int64_t* samples) const {
-    if (!shuffled_ || n_windows_ < 2) {
-        std::iota(samples, samples + count, first);
-        if (shuffled_) whole_.apply(samples, count);
-        return;
-    }
+    fill_places(first, count, samples);
+    replace_by_samples(samples, count);
+}
+
+void Order::fill_places(std::int64_t first, std::int64_t count, std::int64_t* places) const {
+    std::iota(places, places + count, first);
+    if (!in_windows()) return;
     while (count > 0) {
-        const std::int64_t end = std::min(n_, window_end(block_at(first)) * blocks_.samples);
+        const std::int64_t window = window_of(block_at(first));
+        const std::int64_t begin = window_begin(window) * blocks_.samples;
+        const std::int64_t end = std::min(n_, window_begin(window + 1) * blocks_.samples);
         const std::int64_t here = std::min(count, end - first);
-        fill_window(first, here, samples);
+        for (std::int64_t i = 0; i < here; ++i) places[i] -= begin;
+        Permutation(end - begin, window_key_ + static_cast<std::uint64_t>(window) * kGolden).apply(places, here);
+        for (std::int64_t i = 0; i < here; ++i) places[i] += begin;
         first += here;
-        samples += here;
+        places += here;
         count -= here;
     }
 }
 
-// `fill` within one window.
-void Order::fill_window(std::int64_t first, std::int64_t count, std::int64_t* samples) const {
-    const std::int64_t window = window_of(block_at(first));
-    const std::int64_t begin = window_begin(window) * blocks_.samples;
-    const std::int64_t end = std::min(n_, window_begin(window + 1) * blocks_.samples);
-    std::iota(samples, samples + count, first - begin);
-    Permutation(end - begin, window_key_ + static_cast<std::uint64_t>(window) * kGolden).apply(samples, count);
-
-    std::array<std::int64_t, kTogether> places{};
+void Order::replace_by_samples(std::int64_t* places, std::int64_t count) const {
+    if (!in_windows()) {
+        if (shuffled_) whole_.apply(places, count);
+        return;
+    }
+    std::array<std::int64_t, kTogether> blocks{};
     for (std::int64_t done = 0; done < count;) {
-        const std::int64_t some = std::min(count - done, static_cast<std::int64_t>(places.size()));
-        std::int64_t* const here = samples + done;
-        for (std::int64_t i = 0; i < some; ++i) places[i] = (begin + here[i]) / blocks_.samples;
-        for (std::int64_t i = 0; i < some; ++i) here[i] += begin - places[i] * blocks_.samples;
-        permute_blocks(places.data(), some);
+        const std::int64_t some = std::min(count - done, static_cast<std::int64_t>(blocks.size()));
+        std::int64_t* const here = places + done;
+        for (std::int64_t i = 0; i < some; ++i) blocks[i] = block_at(here[i]);
+        for (std::int64_t i = 0; i < some; ++i) here[i] -= blocks[i] * blocks_.samples;
+        permute_blocks(blocks.data(), some);
         for (std::int64_t i = 0; i < some; ++i) {
-            here[i] = wrapped(here[i] + places[i] * blocks_.samples + first_sample_);
+            here[i] = wrapped(here[i] + blocks[i] * blocks_.samples + first_sample_);
         }
         done += some;
     }

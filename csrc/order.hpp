@@ -55,11 +55,16 @@ public:
     std::int64_t size() const { return n_; }
     // Writes the samples at positions first, first + 1, ... first + count - 1.
     void fill(std::int64_t first, std::int64_t count, std::int64_t* samples) const;
+    // The two steps of `fill`. A place is a position before the samples of its window are permuted: a block has those
+    // from its first position on, in the order of `samples_of`.
+    void fill_places(std::int64_t first, std::int64_t count, std::int64_t* places) const;
+    void replace_by_samples(std::int64_t* places, std::int64_t count) const;
 
     // With blocks: how many there are, which has the sample at a position, and the first and the end of its window.
     std::int64_t n_blocks() const { return n_blocks_; }
     std::int64_t block_samples() const { return blocks_.samples; }
     std::int64_t block_at(std::int64_t position) const { return position / blocks_.samples; }
+    std::int64_t most_blocks_of_a_window() const { return n_blocks_ / n_windows_ + (n_blocks_ % n_windows_ != 0); }
     std::int64_t window_first(std::int64_t block) const { return window_begin(window_of(block)); }
     std::int64_t window_end(std::int64_t block) const { return window_begin(window_of(block) + 1); }
     // The samples of a block, in two pieces where the end of the data lies within; one may be empty.
@@ -71,7 +76,7 @@ private:
     // Windows have `base` blocks, the first ones `base` + 1.
     std::int64_t window_begin(std::int64_t window) const;
     std::int64_t window_of(std::int64_t block) const;
-    void fill_window(std::int64_t first, std::int64_t count, std::int64_t* samples) const;
+    bool in_windows() const { return shuffled_ && n_windows_ >= 2; }
     void permute_blocks(std::int64_t* blocks, std::int64_t count) const;
     std::int64_t wrapped(std::int64_t sample) const { return sample < n_ ? sample : sample - n_; }
 

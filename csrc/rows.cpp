@@ -16,12 +16,13 @@ inline void prefetch(const std::byte* begin, std::size_t bytes) {
 }  // namespace
 
 void DenseRows::gather(const std::int64_t* rows, std::int64_t n, const Form& form, std::byte* out) const {
-    write(RowWriter(layout_, form), rows, n, out);
+    write(RowWriter(layout_, form), rows, nullptr, n, out);
 }
 
 // Rows lie anywhere, and the hardware is slow to follow each: some pieces of rows are fetched while an earlier one is
 // written, never more at once than a core can wait for.
-void DenseRows::write(const RowWriter& writer, const std::int64_t* rows, std::int64_t n, std::byte* out) const {
+void DenseRows::write(const RowWriter& writer, const std::int64_t* rows, const std::byte* const* addresses,
+                      std::int64_t n, std::byte* out) const {
     constexpr std::size_t kWhole = 1024;
     constexpr std::size_t kPiece = 512;
     constexpr std::size_t kBytesAhead = 6144;
@@ -41,7 +42,7 @@ void DenseRows::write(const RowWriter& writer, const std::int64_t* rows, std::in
         if (at.first >= pixels) at = {at.row + 1, 0};
     };
     const auto part = [&](const Place& at) { return Part{at.first, std::min(step, pixels - at.first)}; };
-    const auto row = [&](const Place& at) { return data_ + static_cast<std::size_t>(rows[at.row]) * layout_.bytes(); };
+    const auto row = [&](const Place& at) { return addresses ? addresses[at.row] : this->at(rows[at.row]); };
     const auto fetch = [&](const Place& at) {
         if (at.row >= n) return;
         prefetch(row(at) + static_cast<std::size_t>(at.first) * pixel_bytes,

@@ -40,6 +40,17 @@ public:
     virtual bool on_disk() const { return false; }
     virtual void expect([[maybe_unused]] std::int64_t first, [[maybe_unused]] std::int64_t count) const {}
     virtual void forget([[maybe_unused]] std::int64_t first, [[maybe_unused]] std::int64_t count) const {}
+    // Bytes of other memory that rows may be read into before they are gathered; 0 where they are gathered as they lie.
+    virtual std::size_t room() const { return 0; }
+    // Reads rows, ascending, into `memory`, which begins at a page and has `bytes`: theirs in whole pages, and a
+    // page, at least; or leaves them where they are. Row rows[i] lies at addresses[i] then.
+    virtual void read([[maybe_unused]] const std::int64_t* rows, [[maybe_unused]] std::int64_t n,
+                      [[maybe_unused]] std::byte* memory, [[maybe_unused]] std::size_t bytes,
+                      [[maybe_unused]] const std::byte** addresses) const {}
+    // `gather` of rows that were read.
+    virtual void gather_read([[maybe_unused]] const std::int64_t* rows,
+                             [[maybe_unused]] const std::byte* const* addresses, [[maybe_unused]] std::int64_t n,
+                             [[maybe_unused]] const Form& form, [[maybe_unused]] std::byte* out) const {}
 
 private:
     const std::int64_t n_rows_;
@@ -85,8 +96,10 @@ public:
     }
 
     const std::byte* data() const { return data_; }
-    // `gather` with a writer; it has nothing to destroy, and may be left by a jump.
-    void write(const RowWriter& writer, const std::int64_t* rows, std::int64_t n, std::byte* out) const;
+    const std::byte* at(std::int64_t row) const { return data_ + static_cast<std::size_t>(row) * layout_.bytes(); }
+    // `gather` with a writer; it has nothing to destroy, and may be left by a jump. addresses: of rows elsewhere.
+    void write(const RowWriter& writer, const std::int64_t* rows, const std::byte* const* addresses, std::int64_t n,
+               std::byte* out) const;
 
 private:
     const std::byte* const data_;

@@ -160,6 +160,7 @@ class MappedRows(Rows):
         offset: int,
         row_shape: Sequence[int],
         shared: bool,
+        room: int,
     ) -> None: ...
 
 class SparseRows(Rows):

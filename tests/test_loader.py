@@ -253,13 +253,18 @@ def test_an_exhausted_pass_stays_exhausted() -> None:
     assert list(batches) == []
 
 
-def test_a_forked_child_says_so_and_can_begin_again() -> None:
-    run_python("""
+@pytest.mark.parametrize("data", ["x", "path"])
+def test_a_forked_child_says_so_and_can_begin_again(tmp_path: Path, data: str) -> None:
+    run_python(f"""
         import os
         import numpy as np
+        from fastvae.data import mapped
         from fastvae.data.loader import DataLoader
 
-        loader = DataLoader(np.arange(4000, dtype=np.float32).reshape(1000, 4), 2, num_workers=2)
+        x, path = np.arange(4000, dtype=np.float32).reshape(1000, 4), {str(tmp_path / "x.npy")!r}
+        np.save(path, x)
+        mapped.room_for = lambda n_bytes: 1 << 28  # reads the file past the page cache, by threads
+        loader = DataLoader({data}, 2, num_workers=2 if {data} is x else 0)
         ended, running = iter(loader), iter(loader)
         list(ended)
         kept = next(running)

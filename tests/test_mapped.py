@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from orders import block_order, numbered, rows_of
-from processes import TESTS, TIME_LIMIT, run_python
+from processes import TESTS, TIME_LIMIT, n_threads, run_python
 
 from fastvae import _native
 from fastvae.data import DataError, DataLoader, ShuffleWarning, mapped, open_source
@@ -28,6 +28,14 @@ MIB = 1 << 20
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(params=[False, True], ids=["mapped", "staged"])
+def staged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether blocks are read past the page cache, as if the file were more than the memory."""
+    if request.param:
+        monkeypatch.setattr(mapped, "room_for", lambda n_bytes: 1 << 28)
+    return bool(request.param)
 
 
 def saved(folder: Path, x: np.ndarray) -> Path:
@@ -45,6 +53,7 @@ def test_block_order_is_the_specified_one(n: int, blocks: tuple[int, int], rng: 
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
+@pytest.mark.usefixtures("staged")
 def test_block_order_starts_anywhere(tmp_path: Path, num_workers: int, seed: int) -> None:
     data = saved(tmp_path, numbered(1003))
     loader = DataLoader(data, 16, shuffle=True, seed=seed, window=300, num_workers=num_workers)
@@ -84,12 +93,17 @@ def test_a_window_of_all_is_the_exact_shuffle(tmp_path: Path, window: int) -> No
     assert np.array_equal(rows_of(loader), _native.epoch_order(100, 3, 0))
 
 
-def test_indices_are_shuffled_in_windows(tmp_path: Path, rng: np.random.Generator) -> None:
-    chosen = rng.permutation(1000)[:700]
+@pytest.mark.usefixtures("staged")
+@pytest.mark.parametrize(("width", "window", "share"), [(3, 128, 0.7), (700, 300, 0.9), (700, 300, 0.1)])
+def test_indices_are_shuffled_in_windows(
+    tmp_path: Path, width: int, window: int, share: float, rng: np.random.Generator
+) -> None:
+    size = int(5000 * share)
+    chosen = rng.permutation(5000)[:size]
     given = chosen.copy()
-    data = saved(tmp_path, numbered(1000))
-    loader = DataLoader(data, 16, shuffle=True, seed=4, window=128, indices=chosen)
-    order = _native.epoch_order(700, 4, 0, shuffled_blocks(128, 12))
+    data = saved(tmp_path, numbered(5000, width))
+    loader = DataLoader(data, 16, shuffle=True, seed=4, window=window, indices=chosen)
+    order = _native.epoch_order(size, 4, 0, shuffled_blocks(window, 4 * width))
     assert np.array_equal(rows_of(loader), np.sort(chosen)[order])
     assert np.array_equal(chosen, given)
 
@@ -120,6 +134,7 @@ def mapped_as(kind: str, path: Path) -> object:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.usefixtures("staged")
 def test_mapped_data_come_as_from_memory(
     tmp_path: Path, dtype: type, num_workers: int, rng: np.random.Generator
 ) -> None:
@@ -139,6 +154,7 @@ def test_mapped_data_come_as_from_memory(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+@pytest.mark.usefixtures("staged")
 def test_a_value_that_is_not_finite_is_named_when_it_is_met(
     tmp_path: Path, dtype: type, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +250,7 @@ CHANGES = [cut, empty, cut_within_a_page, overwrite, append]
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("num_workers", [0, 3])
 @pytest.mark.parametrize("mode", ["path", "memmap"])
+@pytest.mark.usefixtures("staged")
 def test_a_file_that_changes_is_an_error(
     tmp_path: Path, change: Callable[[Path], None], num_workers: int, mode: str
 ) -> None:
@@ -253,6 +270,7 @@ def test_a_file_that_changes_is_an_error(
             iter(loader)
 
 
+@pytest.mark.usefixtures("staged")
 def test_a_file_that_is_replaced_is_an_error(tmp_path: Path) -> None:
     path = saved(tmp_path, numbered(300))
     loader = DataLoader(path, 4)
@@ -276,6 +294,77 @@ def test_a_change_between_opening_and_reading_is_an_error(tmp_path: Path) -> Non
         iter(DataLoader(source, 4))
 
 
+def is_cached(path: Path) -> list[bool]:
+    """Whether the page cache has the pages of a file, of every MiB the first."""
+    found = []
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # this asks for no more than the page
+        for offset in range(0, path.stat().st_size, MIB):
+            try:
+                os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                found.append(False)
+            else:
+                found.append(True)
+    return found
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_what_is_more_than_the_memory_is_read_past_the_page_cache(
+    tmp_path: Path, shuffle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what is in the cache is not read again, and ranks share what they read there."""
+    path, n = saved(tmp_path, numbered(640, MIB // 64)), 640  # rows of 64 KiB
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+    monkeypatch.setattr("fastvae.data.arrays._SCAN_BYTES", 1000)  # what is larger is not looked at before
+
+    def cached_by_a_pass(**options: int) -> int:
+        evict(path)
+        loader = DataLoader(path, 8, shuffle=shuffle, window=64 if shuffle else None, **options)
+        assert len(np.unique(rows_of(loader))) == n // options.get("world_size", 1)
+        return sum(is_cached(path)[1:])  # the header is read by others
+
+    evict(path)
+    if all(is_cached(path)):
+        pytest.skip(f"{tmp_path} is in a file system that is in memory")
+    assert cached_by_a_pass() > 35
+    monkeypatch.setattr(mapped, "memory_limit", lambda: 16 * MIB)
+    assert cached_by_a_pass() > 35  # a quarter is not enough
+    monkeypatch.setattr(mapped, "memory_limit", lambda: 39 * MIB)
+    monkeypatch.setattr(mapped, "_OWN_SHARE", 1)
+    assert cached_by_a_pass() == 0
+    assert cached_by_a_pass(rank=1, world_size=2) > 35
+
+
+def evict(path: Path) -> None:
+    """Take a file out of the page cache."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.usefixtures("staged")
+def test_threads_end_however_the_pass_ends(tmp_path: Path, num_workers: int) -> None:
+    loader = DataLoader(saved(tmp_path, numbered(1000)), 4, shuffle=True, window=100, num_workers=num_workers)
+    list(loader)
+    before = n_threads()
+    for _ in range(30):
+        for _ in loader:
+            break
+        iter(loader)
+        batches = iter(loader)
+        next(batches)
+        del batches
+    assert n_threads() == before
+    batches = iter(loader)
+    loader.close()
+    assert n_threads() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        next(batches)
+
+
 def test_own_changes_are_no_error(tmp_path: Path) -> None:
     x = np.load(saved(tmp_path, numbered(300)), mmap_mode="r+")
     loader = DataLoader(x, 4)
@@ -285,6 +374,7 @@ def test_own_changes_are_no_error(tmp_path: Path) -> None:
     assert np.array_equal(rows_of(loader), np.arange(1, 301))
 
 
+@pytest.mark.usefixtures("staged")
 def test_truncated_again_and_again_while_threads_gather(tmp_path: Path, rng: np.random.Generator) -> None:
     x = numbered(3000, 300)
     errors = 0
@@ -360,9 +450,9 @@ def test_a_file_of_several_times_the_memory(tmp_path: Path) -> None:
     x = np.lib.format.open_memmap(path, "w+", np.float32, (n, row // 4))
     x[::16, 0] = numbers = np.arange(1, n // 16 + 2)
     del x
-    with path.open("rb") as file:  # out of the page cache, where what this process wrote counts as its own
+    with path.open("rb") as file:
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    evict(path)  # where what this process wrote counts as its own
     code = f"""
 import warnings
 from pathlib import Path

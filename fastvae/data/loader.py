@@ -41,16 +41,18 @@ class DataLoader:
 
     Data in a memory-mapped file may be larger than the memory: passes have what comes next read ahead, and
     let go of what is done. To shuffle such data, blocks of consecutive samples are put into a random order,
-    and the samples of one `window` of it after another are permuted. A file that is cut, changed or replaced
-    while it is in use, and a float in it that is NaN or infinite, is a DataError when a batch meets it.
+    and the samples of one `window` of it after another are permuted: see docs/data.md. A file that is cut,
+    changed or replaced while it is in use, and a float in it that is NaN or infinite, is a DataError when a
+    batch meets it.
 
     source: a Source, an array or CPU tensor [N, ...], a pair (x, y), a CSR matrix, a torch Dataset, or a path
         (see `as_source`).
     batch_size: samples a batch, at least 1.
     seed: of the shuffling and of `transform`, 0 <= seed < 2**64.
     window: samples to shuffle at a time, at least 1, in blocks of at most 1 MiB of them; N or more is all at
-        once. None is all, but for a mapped file of more than half of the memory that this machine, or the
-        container, has: then a ShuffleWarning tells the window, up to 256 MiB, and so does `note`.
+        once. Of a file larger than the memory, two windows are in memory at a time. None is all, but for a
+        mapped file of more than half of the memory that this machine, or the container, has: then a
+        ShuffleWarning tells the window, up to 256 MiB, and so does `note`.
     drop_last: leave out a last batch smaller than batch_size.
     device: a CUDA device ("cuda") that batches are made on. Samples that fit into half of its free memory are
         copied there when the first pass begins, as uint8 if that is what they are, and one kernel launch

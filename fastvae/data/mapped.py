@@ -15,9 +15,10 @@ from .memory import memory_limit
 BLOCK_BYTES = 1 << 20  # read in one piece
 WINDOW_BYTES = 256 << 20  # shuffled at a time
 _SEQUENTIAL_BLOCKS = 16  # read ahead of an unshuffled pass
-_LEAST_BLOCKS = 64  # of a window, so that it has samples from all over the data
+_LEAST_BLOCKS = 32  # of a window, so that it has samples from all over the data
 _COMFORTABLE = 2  # times as much memory as data: a shuffled pass may have all of them in it
 _LEAST_WINDOWS = 16  # that the memory can hold
+_OWN_SHARE = 4  # a quarter of the memory may hold what is read past the page cache
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class MappedFile:
 
     offset: where in it the array begins, in bytes.
     shared: its pages are the file's; those of a private mapping may have been written to.
+    read_only: nobody writes to the file by this mapping.
     watch: sees whether it stays as it was when this was made.
     """
 
     offset: int
     shared: bool
+    read_only: bool
     watch: _native.WatchedFile
 
 
@@ -45,12 +48,24 @@ def mapped_file(x: npt.NDArray[Any]) -> MappedFile | None:
     name = path.decode(errors="replace") if isinstance(path, bytes) else path
     watch = _native.WatchedFile(os.fsencode(path), _printable(name), root.mode in ("r+", "w+"))
     offset = int(root.offset) + x.ctypes.data - root.ctypes.data
-    return MappedFile(offset, root.mode != "c", watch)
+    return MappedFile(offset, root.mode != "c", root.mode == "r", watch)
 
 
 def mapped_rows(x: npt.NDArray[Any], rows: _native.DenseRows, file: MappedFile) -> _native.MappedRows:
     """`rows`, which are those of x, guarded."""
-    return _native.MappedRows(rows, file.watch, offset=file.offset, row_shape=x.shape[1:], shared=file.shared)
+    room = room_for(x.nbytes) if file.read_only else 0
+    return _native.MappedRows(
+        rows, file.watch, offset=file.offset, row_shape=x.shape[1:], shared=file.shared, room=room
+    )
+
+
+def room_for(n_bytes: int) -> int:
+    """Bytes of memory that blocks of a file may be read into past the page cache; 0 for one that fits there.
+
+    Of a larger one the cache keeps nothing until it is needed again, and is slow to fill and to empty.
+    """
+    limit = memory_limit()
+    return limit // _OWN_SHARE if n_bytes > limit else 0
 
 
 def sequential_blocks(row_bytes: int) -> tuple[int, int]:
