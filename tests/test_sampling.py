@@ -183,3 +183,23 @@ def test_errors_name_the_argument() -> None:
         fastvae.sample_and_kl(mu, torch.zeros(3, 5))
     with pytest.raises(TypeError, match=r"mu: got dtype torch\.int64"):
         fastvae.sample_and_kl(mu.long(), mu)
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_seed_and_offset_are_64_bits(impl: str, seed: int) -> None:
+    for s, offset in ((seed + 2**63, 0), (2**64 - 1, 0), (seed, 2**63), (seed, 2**64 - 1)):
+        signed = [n if n < 2**63 else n - 2**64 for n in (s, offset)]
+        assert torch.equal(draw(impl, s, offset, 0, 2, 5), draw(impl, *signed, 0, 2, 5))
+    assert torch.equal(draw(impl, torch.tensor([seed]), 0, 0, 2, 5), draw(impl, seed, 0, 0, 2, 5))
+    mu = torch.zeros(3, 4)
+    for wrong, error, message in (
+        ({"seed": 2**64}, ValueError, "seed: got 18446744073709551616, expected 64 bits"),
+        ({"seed": 1.5}, TypeError, "seed: got 1.5, expected an int"),
+        ({"seed": torch.tensor(1.5)}, TypeError, "seed: got a tensor of torch.float32"),
+        ({"seed": torch.tensor([1, 2])}, TypeError, r"seed: got a tensor of torch.int64 and shape \(2,\)"),
+        ({"seed": 1, "offset": -(2**63) - 1}, ValueError, "offset: got -9223372036854775809, expected 64"),
+        ({"seed": 1, "first_row": -1}, ValueError, "first_row: got -1, expected at least 0"),
+    ):
+        for call in (fastvae.sample_and_kl, lambda m, v, **k: fastvae.fused_elbo(m, m, m, v, **k)):
+            with pytest.raises(error, match=message):
+                call(mu, mu, impl=impl, **wrong)

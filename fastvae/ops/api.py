@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from . import totals
-from .checks import check_capacity, check_scale, elbo_extents, latent_extents, make_spec, scale_form
+from .checks import (
+    check_capacity,
+    check_noise,
+    check_scale,
+    elbo_extents,
+    latent_extents,
+    make_spec,
+    scale_form,
+)
 from .dispatch import run, run_with_gradients, seed_for
 from .types import ELBOTerms, Extents, Forward, FreeBitsForm, Impl, Inputs, Likelihood, Reduction, Spec
 
@@ -221,10 +229,11 @@ def sample_and_kl(
         n_samples: K samples a datum lead the shape of z; None draws one without that dimension. Sample k
             uses offset + k.
         generator: where the seed is drawn from, if none is given; None is torch's own on mu's device.
-        seed: 64 bits, an int or an int64 tensor; the same seed gives the same noise everywhere.
-        offset: which stream of that seed.
-        first_row: the place of mu[0] in the global batch, so that a batch split over ranks draws the
-            noise of the whole.
+        seed: 64 bits, an int (from -2**63 to 2**64 - 1, where s and s - 2**64 are one) or an int64 tensor of
+            one element; the same seed gives the same noise everywhere.
+        offset: which stream of that seed, 64 bits likewise.
+        first_row: the place of mu[0] in the global batch, at least 0, so that a batch split over ranks draws
+            the noise of the whole.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -237,10 +246,9 @@ def sample_and_kl(
     batch, latents = latent_extents(mu, logvar)
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples: got {n_samples}, expected at least 1")
+    seed, offset = check_noise(seed_for(mu, generator) if seed is None else seed, offset, first_row)
     spec = _SAMPLE if offset == first_row == 0 else replace(_SAMPLE, offset=offset, first_row=first_row)
     extents = Extents(n_samples or 1, batch, 0, latents)
-    if seed is None:
-        seed = seed_for(mu, generator)
     result = run(Inputs(mu=mu, logvar=logvar, seed=seed), spec, extents, impl)
     z, kl = cast("tuple[Tensor, Tensor]", result[3:])
     lead = () if n_samples is None else (n_samples,)
@@ -317,7 +325,8 @@ def fused_elbo(
     inputs, spec, extents, added = _prepare(
         given, log_variance, log_scale, capacity, spec, process_group, impl
     )
-    inputs = inputs._replace(seed=seed_for(mu, generator) if seed is None else seed)
+    seed, offset = check_noise(seed_for(mu, generator) if seed is None else seed, offset, first_row)
+    inputs = inputs._replace(seed=seed)
     result = run(inputs, replace(spec, sample=True, offset=offset, first_row=first_row), extents, impl)
     loss, _, _, z, kl = cast("tuple[Tensor, Tensor, Tensor, Tensor, Tensor]", result)
     lead = () if x_hat.shape[0] == extents.batch and extents.samples == 1 else (extents.samples,)

@@ -170,6 +170,27 @@ def latent_extents(mu: Tensor, logvar: Tensor) -> tuple[int, int]:
     return mu.shape[0], _row(mu)
 
 
+def check_noise(seed: int | Tensor, offset: int, first_row: int) -> tuple[int | Tensor, int]:
+    """Seed and offset, as signed 64 bits where they are numbers."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            got = f"a tensor of {seed.dtype} and shape {tuple(seed.shape)}"
+            raise TypeError(f"seed: got {got}, expected an int, or one torch.int64")
+    else:
+        seed = _signed("seed", seed)
+    if first_row < 0:
+        raise ValueError(f"first_row: got {first_row}, expected at least 0")
+    return seed, _signed("offset", offset)
+
+
+def _signed(name: str, value: int) -> int:
+    if isinstance(value, float):
+        raise TypeError(f"{name}: got {value}, expected an int")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name}: got {value}, expected 64 bits, from {-(2**63)} to {2**64 - 1}")
+    return value if value < 2**63 else value - 2**64
+
+
 def _row(tensor: Tensor) -> int:
     """Elements of one row of the leading dimension."""
     return math.prod(tensor.shape[1:])
