@@ -186,3 +186,17 @@ def test_split_depends_on_the_seed() -> None:
 def test_bad_splits(n: int, fraction: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split(n, fraction, seed=0)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 5000, "a\0b", "a" * 300])
+def test_what_can_be_no_path_is_no_dataset(name: str) -> None:
+    with pytest.raises(
+        DataError, match=r"^data: no dataset or path named '.*, expected .* or a path$"
+    ) as error:
+        resolve(name)
+    assert len(str(error.value)) < 200
+
+
+def test_more_shapes_than_memory_are_an_error() -> None:
+    with pytest.raises(DataError, match=r"^shapes: the numbers of 1000000000000000 images take more memory"):
+        resolve("shapes:1000000000000000")

@@ -124,14 +124,6 @@ def test_large_files_are_shuffled_in_windows(tmp_path: Path, monkeypatch: pytest
     assert DataLoader(data, 8, shuffle=True, window=1000).window is None
 
 
-def mapped_as(kind: str, path: Path) -> object:
-    """The 2000 rows of `saved`'s file, in several ways."""
-    if kind == "path":
-        return path
-    x = np.load(path, mmap_mode="r")
-    return {"memmap": x, "view": x[:], "tensor": torch.from_numpy(x) if kind == "tensor" else None}[kind]
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.usefixtures("staged")
@@ -207,7 +199,16 @@ def test_watched_is_what_lies_in_a_file(tmp_path: Path) -> None:
         file = mapped.mapped_file(mapped_array)
         assert file is not None
         assert path.read_bytes()[file.offset :].startswith(mapped_array[0].tobytes())
-    for in_memory in (np.array(x), x + 1):
+    for mode, expected in {"r": (True, True), "r+": (True, False), "c": (False, False)}.items():
+        file = mapped.mapped_file(np.load(path, mmap_mode=mode))
+        assert file is not None
+        assert (file.shared, file.read_only) == expected
+    for in_memory in (
+        np.array(x),
+        x + 1,
+        torch.zeros(9, 9).numpy(),
+        torch.zeros(9, 9).share_memory_().numpy(),
+    ):
         assert mapped.mapped_file(in_memory) is None
 
 
@@ -249,13 +250,16 @@ CHANGES = [cut, empty, cut_within_a_page, overwrite, append]
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("num_workers", [0, 3])
-@pytest.mark.parametrize("mode", ["path", "memmap"])
+@pytest.mark.parametrize("mode", ["path", "memmap", "tensor"])
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 @pytest.mark.usefixtures("staged")
 def test_a_file_that_changes_is_an_error(
     tmp_path: Path, change: Callable[[Path], None], num_workers: int, mode: str
 ) -> None:
     path = saved(tmp_path, numbered(3000, 50))
-    data = path if mode == "path" else np.load(path, mmap_mode="r")
+    data: object = path if mode == "path" else np.load(path, mmap_mode="r")
+    if isinstance(data, np.ndarray) and mode == "tensor":
+        data = torch.from_numpy(data)
     options = {"batch_size": 4, "shuffle": True, "num_workers": num_workers}
     loaders = [DataLoader(data, **options, window=window) for window in (None, 500)]
     passes = [iter(loader) for loader in loaders]
@@ -363,6 +367,20 @@ def test_threads_end_however_the_pass_ends(tmp_path: Path, num_workers: int) -> 
     assert n_threads() == before
     with pytest.raises(RuntimeError, match="closed"):
         next(batches)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_the_range_of_values_is_that_of_all(tmp_path: Path, dtype: type, rng: np.random.Generator) -> None:
+    x = (rng.random((5000, 100)) * 200).astype(dtype)
+    expected = (0, 1) if dtype == np.uint8 else (float(np.float32(x.min())), float(np.float32(x.max())))
+    assert open_source(saved(tmp_path, x)).value_range() == expected
+
+
+def test_the_range_of_values_of_a_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
+    source = open_source(saved(tmp_path, numbered(3000, 300)))
+    os.truncate(tmp_path / "x.npy", 300_000)
+    with pytest.raises(DataError, match=r"changed while in use: .*; rows from 249 on are gone"):
+        source.value_range()
 
 
 def test_own_changes_are_no_error(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Pixels are uint8 and mean x / 255; everything else is floating point and taken a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from .. import _native
 from .formats import size_of
-from .mapped import MappedFile, mapped_file, mapped_rows
+from .mapped import MappedFile, mapped_file, mapped_rows, sequential_blocks
 from .memory import TOO_LARGE, available_memory
 from .source import Array, DataError, Source
 
@@ -65,7 +66,20 @@ class ArraySource(Source):
 
     def value_range(self) -> tuple[float, float]:
         """[0, 1] for uint8, whatever is in it; else the smallest and the largest value of x."""
-        return (0.0, 1.0) if self.x.dtype == np.uint8 else (float(self.x.min()), float(self.x.max()))
+        if self.x.dtype == np.uint8:
+            return 0.0, 1.0
+        if self.in_memory:
+            return float(self.x.min()), float(self.x.max())
+        ranges = [(x.min(), x.max()) for x in self._read_in_order()]
+        lows, highs = zip(*ranges, strict=True)
+        return float(min(lows)), float(max(highs))
+
+    def _read_in_order(self) -> Iterator[npt.NDArray[np.float32]]:
+        """All samples by a loader, to which a mapped file that is cut is an error and not the end."""
+        row_bytes = self.x[:1].nbytes
+        blocks = sequential_blocks(row_bytes)
+        loader = _native.Loader(self.rows(), None, None, batch_size=blocks[0], drop_last=False, workers=1)
+        yield from loader.start(seed=0, epoch=0, shuffle=False, blocks=blocks, first_batch=0, rank=0, ranks=1)
 
     def rows(self) -> _native.Rows:
         """The rows of x."""

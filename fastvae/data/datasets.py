@@ -26,6 +26,7 @@ from .sources import idx_path, is_image_folder, open_idx_folder, open_source
 _SPLIT_EPOCH = 2**63 - 1  # no pass of a loader has it, so a split is not the order of one
 _TIMEOUT_SECONDS = 60
 _PIECE_BYTES = 1 << 18
+_MOST_NAMED = 80  # characters of what is not there
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,15 @@ def resolve(data: str | None, download: bool = False, image_size: int | None = N
     if data in REMOTES:
         return _remote(data, download)
     path = Path(data)
-    if is_image_folder(path):
+    if data and is_image_folder(path):
         return Dataset(path.resolve().name, open_source(path, image_size))
-    if path.is_dir():
+    if data and os.path.isdir(path):
         return _folder(path, path.resolve().name)
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if data and (os.path.exists(path) or path.suffix or len(path.parts) > 1):
         return Dataset(path.stem, open_source(path))
+    named = repr(data) if len(data) < _MOST_NAMED else f"{data[:_MOST_NAMED]!r}..."
     expected = f"expected {', '.join(NAMES)} or a path"
-    raise DataError(f"data: no dataset or path named {data!r}, {expected}{_guess(data)}")
+    raise DataError(f"data: no dataset or path named {named}, {expected}{_guess(data)}")
 
 
 def known() -> list[Known]:
@@ -254,6 +256,8 @@ def _shapes(data: str) -> ShapeSource:
         if len(numbers) > 2:
             raise ValueError(f"{len(numbers)} numbers")
         return ShapeSource(*map(int, numbers))
+    except DataError:
+        raise
     except ValueError as error:
         expected = "shapes, shapes:N or shapes:N:SEED, as shapes:50000"
         raise DataError(f"data: got {data!r}, expected {expected}") from error

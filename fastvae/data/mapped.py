@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from .. import _native
 from .memory import memory_limit
 
+_MAPPINGS = Path("/proc/self/maps")
 BLOCK_BYTES = 1 << 20  # read in one piece
 WINDOW_BYTES = 256 << 20  # shuffled at a time
 _SEQUENTIAL_BLOCKS = 16  # read ahead of an unshuffled pass
@@ -38,17 +40,25 @@ class MappedFile:
 
 
 def mapped_file(x: npt.NDArray[Any]) -> MappedFile | None:
-    """The file that x is a mapping of, by np.memmap, or None: it is in memory, or the file has no name."""
+    """The file that x is a mapping of, by whomever; None for memory, and for a file without a name by now."""
     root: Any = x
-    while root is not None and not isinstance(getattr(root, "base", None), mmap.mmap):
-        root = getattr(root, "base", None)
-    if getattr(root, "filename", None) is None:  # of a np.memmap
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    if root.flags.owndata:
         return None
-    path = os.fspath(root.filename)
-    name = path.decode(errors="replace") if isinstance(path, bytes) else path
-    watch = _native.WatchedFile(os.fsencode(path), _printable(name), root.mode in ("r+", "w+"))
-    offset = int(root.offset) + x.ctypes.data - root.ctypes.data
-    return MappedFile(offset, root.mode != "c", root.mode == "r", watch)
+    address = x.ctypes.data
+    for line in _MAPPINGS.read_bytes().splitlines():
+        extent, allowed, offset, _, inode, *path = line.split(maxsplit=5)
+        begin, end = (int(bound, 16) for bound in extent.split(b"-"))
+        if begin <= address < end:
+            break
+    else:
+        return None
+    if inode == b"0" or not path or path[0].startswith(b"/dev/") or not os.path.isfile(path[0]):
+        return None
+    writable, shared = b"w" in allowed, b"s" in allowed
+    watch = _native.WatchedFile(path[0], _printable(os.fsdecode(path[0])), writable and shared)
+    return MappedFile(int(offset, 16) + address - begin, shared, not writable, watch)
 
 
 def mapped_rows(x: npt.NDArray[Any], rows: _native.DenseRows, file: MappedFile) -> _native.MappedRows:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch  # noqa: F401 -- brings the OpenMP runtime that _native is linked against
 
 from .. import _native
-from .source import Source
+from .memory import available_memory
+from .source import DataError, Source
 
 SHAPES = ("square", "ellipse", "heart")
 FACTORS = ("shape", "scale", "orientation", "x", "y")
@@ -23,6 +24,7 @@ FACTOR_VALUES: tuple[npt.NDArray[np.float64], ...] = (
     np.linspace(0, 1, 32),
     np.linspace(0, 1, 32),
 )
+_BYTES_EACH = 64  # of memory: an image's number, its label, and its factors where they are asked for
 _FIRST_EPOCH = 2**62  # no pass of a loader has it, so a draw is not the order of one
 
 
@@ -42,6 +44,10 @@ class ShapeSource(Source):
     def __init__(self, n: int | None = None, seed: int = 0) -> None:
         if n is not None and n < 1:
             raise ValueError(f"n is {n}, expected at least 1")
+        if n is not None and n * _BYTES_EACH > available_memory():
+            raise DataError(
+                f"shapes: the numbers of {n} images take more memory than is free; expected fewer"
+            )
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}, expected 0 <= seed < 2**64")
         self._numbers = None if n is None else _drawn(n, seed)

@@ -70,7 +70,10 @@ def open_source(path: str | os.PathLike[str], image_size: int | None = None) -> 
     if os.path.isdir(path):
         return open_idx_folder(path, "train")
     with opened(path) as stream:
-        start = stream.read(4)
+        try:
+            start = stream.read(4)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; expected {EXTENSIONS}") from error
     if start == b"\x93NUM":
         return _open_npy(path)
     if start == b"PK\x03\x04":
