@@ -220,7 +220,7 @@ def test_a_checkpoint_without_the_loader_s_state_is_resumed(data, tmp_path, monk
     """As older versions have left them."""
     whole = fit(data, tmp_path / "whole", epochs=2)
     with monkeypatch.context() as older:
-        older.setattr("fastvae.training.trainer.DataLoader", type("Other", (), {}))
+        older.setattr("fastvae.training.state.DataLoader", type("Other", (), {}))
         fit(data, tmp_path / "run", epochs=1)
     (_, state), _ = load_newest_checkpoint(tmp_path / "run")
     assert "loader" not in state

@@ -100,6 +100,14 @@ class Ranks:
                 dist.all_reduce(apart, group=self.group(tensor.device))
                 tensor.copy_(torch.where(apart == 0, first, first + apart / self.size))
 
+    def make_equal(self, buffers: Iterable[Tensor]) -> None:
+        """Give all ranks the mean of floating-point buffers, as running statistics, and rank 0's others."""
+        for buffer in buffers:
+            if buffer.is_floating_point():
+                self.average([buffer])
+            else:
+                self.broadcast([buffer])
+
     def share_generators(self, device: torch.device) -> None:
         """Put the generators of all ranks where those of rank 0 are."""
         if self.size > 1:

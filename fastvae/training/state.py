@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data import DataLoader
 from ..loss import ELBOLoss
 from ..models import Model
 from .checkpoint import CheckpointError, prefixed, without_prefix
+from .shares import Batches
 from .step import TrainStep
 
 
@@ -57,6 +59,44 @@ class Progress:
                 "same data and batch size"
             )
         return cls(**{name: value for name, value in state.items() if name != "batches"})
+
+
+def checkpoint_of(
+    model: Model,
+    loss: ELBOLoss,
+    step: TrainStep,
+    train: Batches,
+    progress: Progress,
+    best_weights: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that a training goes on from: tensors, and what is none."""
+    state = progress.to_json(len(train))
+    if isinstance(train, DataLoader):
+        state["loader"] = train.state_dict()
+    return {**training_tensors(model, loss, step), **prefixed("best", best_weights)}, state
+
+
+def go_on_from(
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    model: Model,
+    loss: ELBOLoss,
+    step: TrainStep,
+    train: Batches,
+) -> tuple[Progress, dict[str, Tensor]]:
+    """Put back what `checkpoint_of` gave: the progress and the best weights.
+
+    Raises CheckpointError for a checkpoint of another model, or of other data or options.
+    """
+    loader = state.pop("loader", None)  # not in those of older versions
+    progress = Progress.from_json(state, len(train))
+    if isinstance(train, DataLoader) and loader is not None:
+        try:
+            train.load_state_dict(loader)
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint is of other data or options: {error}") from error
+    load_training_tensors(tensors, model, loss, step)
+    return progress, without_prefix("best", tensors)
 
 
 def training_tensors(model: Model, loss: ELBOLoss, step: TrainStep) -> dict[str, Tensor]:

@@ -15,21 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data.distributed import DistributedSampler
 
 from ..data import DataLoader
-from ..inference.evaluate import evaluate, negative_elbo
-from ..inference.latents import LatentStatistics
+from ..inference.evaluate import negative_elbo
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
 from ..models.model import check_batch, check_parameters
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
-from .checkpoint import (
-    CheckpointError,
-    checkpoint_path,
-    checkpoints,
-    load_newest_checkpoint,
-    prefixed,
-    without_prefix,
-)
+from .checkpoint import checkpoint_path, checkpoints, load_newest_checkpoint
 from .collapse import CollapseWatch
 from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
@@ -41,11 +33,12 @@ from .numbers import NonFiniteError
 from .result import TrainingError, TrainResult
 from .shares import Batches, shares_of_epoch
 from .signals import SIGNALS, StopSignal, TrainingStopped
-from .state import Progress, load_training_tensors, training_tensors
+from .state import Progress, checkpoint_of, go_on_from
 from .step import TrainStep
 from .telemetry import Telemetry
 from .tensorboard import TensorBoard, check_tensorboard
 from .usage import Figures, GPUMeter, WaitClock, overall
+from .validation import Validation
 
 DEFAULT_EPOCHS = 10
 DEFAULT_STEPS_AT_LEAST = 1000
@@ -146,6 +139,7 @@ class Trainer:
         self.val = val
         writers = [TensorBoard(folder)] if config.tensorboard and folder is not None else []
         self._callbacks = Callbacks([*callbacks, *writers] if self.ranks.is_first else [])
+        self._validation = Validation(self.val, self.loss, config, self.ranks)
         self._images = Images(config.image_epochs, config.seed, val, self.device, self.folder)
         self._started: Iterator[tuple[Tensor, Share]] | None = None  # an epoch, its first batch looked at
 
@@ -247,7 +241,7 @@ class Trainer:
                         "epoch": progress.epoch,
                         "step": progress.epoch * len(self.train),
                         **metrics,
-                        **self._validate(progress.epoch),
+                        **self._validation(self.model, progress.epoch),
                         "seconds": time.perf_counter() - began,
                     }
                     images = self._images.draw(self.model, progress.epoch)
@@ -369,21 +363,10 @@ class Trainer:
             raise TrainingError(
                 f"weights are not finite after step {total}; try a lower --lr than {self.config.lr:g}"
             )
-        self._share_buffers()
+        self.ranks.make_equal(self.model.buffers())
         if self.ranks.is_first:
-            tensors = {**training_tensors(self.model, self.loss, step), **prefixed("best", best_weights)}
-            state = progress.to_json(len(self.train))
-            if isinstance(self.train, DataLoader):
-                state["loader"] = self.train.state_dict()
-            keeper.checkpoint(total, tensors, state)
-
-    def _share_buffers(self) -> None:
-        """Make the model's buffers equal on all ranks: running statistics become the mean of the ranks'."""
-        for buffer in self.model.buffers():
-            if buffer.is_floating_point():
-                self.ranks.average([buffer])
-            else:
-                self.ranks.broadcast([buffer])
+            now = checkpoint_of(self.model, self.loss, step, self.train, progress, best_weights)
+            keeper.checkpoint(total, *now)
 
     def _restore(self, step: TrainStep) -> tuple[Progress, dict[str, Tensor]]:
         """Put everything where the newest checkpoint has it."""
@@ -392,41 +375,7 @@ class Trainer:
         (tensors, state), problems = self.ranks.from_first(lambda: load_newest_checkpoint(folder))
         for problem in problems:
             print(f"{problem}; the one before it is used")
-        loader = state.pop("loader", None)  # not in those of older versions
-        progress = Progress.from_json(state, len(self.train))
-        if isinstance(self.train, DataLoader) and loader is not None:
-            try:
-                self.train.load_state_dict(loader)
-            except ValueError as error:
-                raise CheckpointError(f"the checkpoint is of other data or options: {error}") from error
-        load_training_tensors(tensors, self.model, self.loss, step)
-        return progress, without_prefix("best", tensors)
-
-    def _validate(self, epoch: int) -> dict[str, Any]:
-        names = ("val_loss", "val_recon", "val_kl")
-        if self.val is None:
-            return dict.fromkeys(names)
-        self._share_buffers()
-        latents = LatentStatistics()
-        terms = evaluate(
-            self.model,
-            self.val,
-            loss=self.loss,
-            seed=self.config.seed,
-            latents=latents,
-            process_group=self.ranks.group(self.device),
-        )
-        loss, recon, kl = (float(term) for term in terms)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the validation loss is not finite after epoch {epoch}: loss {loss}, recon {recon}, "
-                f"KL {kl}; try a lower --lr than {self.config.lr:g}"
-            )
-        return {
-            **dict(zip(names, (loss, recon, kl), strict=True)),
-            "kl_by_latent": latents.kl.tolist(),
-            "active_units": latents.active_units,
-        }
+        return go_on_from(tensors, state, self.model, self.loss, step, self.train)
 
     def _not_finite(self, error: NonFiniteError) -> TrainingError:
         """What to tell of a step that could not be applied."""
