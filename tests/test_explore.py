@@ -253,6 +253,19 @@ def test_interpolate(run: Path, model: VAE, look, validation) -> None:
         assert_shows(cells(gif, 1, 3)[:, 1], mean(model, z[1:2]))
 
 
+@pytest.mark.parametrize("command", [("traverse", "--dims", 0, 1), ("interpolate", "--from", 3, "--to", 5)])
+def test_draws_of_x_on_a_path(model: VAE, look, command: tuple[object, ...]) -> None:
+    look(*command, "--steps", 400, "--out", "means.npy")
+    for seed in (1, 2):
+        look(*command, "--steps", 400, "--draw-x", "--seed", seed, "--out", f"{seed}.npy")
+    means, first, second = (np.load(f"{name}.npy") for name in ("means", 1, 2))
+    assert first.shape == means.shape
+    variance = model.log_variance.exp().item()
+    for a, b, of_both in ((first, means, 1), (second, means, 1), (first, second, 2)):
+        # of 25,600 values at least: 6 standard errors
+        assert abs(np.square(a - b).mean() / (of_both * variance) - 1) < 6 * math.sqrt(2 / a.size)
+
+
 def test_spherical_paths_keep_their_length(seed: int) -> None:
     a, b = torch.randn(2, 3, 5)
     b = b * a.norm() / b.norm()

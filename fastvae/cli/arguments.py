@@ -77,6 +77,15 @@ def add_model(group: Any) -> None:
     )
 
 
+def add_draw_x(group: Any) -> None:
+    """Add --draw-x."""
+    group.add_argument(
+        "--draw-x",
+        action="store_true",
+        help="draw x from p(x|z), with its noise, instead of showing its mean",
+    )
+
+
 def positive(value: str) -> int:
     """An option's number of at least 1."""
     return _integer(value, 1)

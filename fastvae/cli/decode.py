@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_run_command, add_run_options
+from .arguments import add_draw_x, add_run_command, add_run_options
 from .output import check_out, load_latents, save_batches, shape_of
 from .runs import open_run, track
-from .sample import add_draw_x
 
 if TYPE_CHECKING:
     from torch import Tensor

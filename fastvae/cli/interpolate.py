@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..training.config import ConfigError
-from .arguments import add_run_command, add_run_options, index, positive
+from .arguments import add_draw_x, add_run_command, add_run_options, index, positive
 from .output import add_output_options, output_path, save_array, save_moving, save_picture
 from .runs import decoded, open_data, open_run
 
@@ -45,6 +45,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help=f"of a way, with its ends (default: {STEPS['png']}; {STEPS['gif']} of a GIF)",
     )
+    add_draw_x(group)
     add_output_options(parser, ("png", "gif", "npy"))
     add_run_options(parser, data=True)
 
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     ends = data.batches(arguments.end, "to")
     z = [torch.cat(list(encode(opened.model, batches))) for batches in (starts, ends)]
     ways = [interpolation(a, b, steps, spherical=arguments.spherical) for a, b in zip(*z, strict=True)]
-    x = decoded(opened, torch.stack(ways), arguments.batch_size)
+    x = decoded(opened, torch.stack(ways), arguments)
     first, last = torch.cat(starts), torch.cat(ends)
     if kind == "npy":
         save_array(path, x)

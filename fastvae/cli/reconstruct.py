@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import add_run_command, add_run_options, positive
+from .arguments import add_draw_x, add_run_command, add_run_options, positive
 from .output import add_output_options, output_path, save_array, save_picture
 from .runs import open_data, open_run, track
-from .sample import add_draw_x
 
 LISTED = 8
 

@@ -265,11 +265,12 @@ def latents_of(values: Sequence[int], run: Run, option: str) -> list[int]:
     return list(values)
 
 
-def decoded(run: Run, z: Tensor, batch_size: int) -> Tensor:
-    """The means of p(x|z) for z [R, S, *latent]: [R, S, *item]."""
+def decoded(run: Run, z: Tensor, arguments: argparse.Namespace) -> Tensor:
+    """The means of p(x|z), or draws of it, for z [R, S, *latent]: [R, S, *item]."""
     import torch
 
     from ..inference import decode
 
-    batches = track(z.flatten(0, 1).split(batch_size), "decoding")
-    return torch.cat(list(decode(run.model, batches))).reshape(*z.shape[:2], *run.item_shape)
+    batches = track(z.flatten(0, 1).split(arguments.batch_size), "decoding")
+    x = decode(run.model, batches, draw_x=arguments.draw_x, seed=run.seed)
+    return torch.cat(list(x)).reshape(*z.shape[:2], *run.item_shape)

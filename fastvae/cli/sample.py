@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
-from .arguments import add_run_command, add_run_options, positive
+from .arguments import add_draw_x, add_run_command, add_run_options, positive
 from .output import add_output_options, load_latents, output_path, save_batches, save_picture
 from .runs import Run, open_data, open_run, track
 
@@ -48,15 +48,6 @@ def add(commands: Any) -> None:
     add_draw_x(group)
     add_output_options(parser)
     add_run_options(parser, data="with --from posterior", part="train")
-
-
-def add_draw_x(group: Any) -> None:
-    """Add --draw-x."""
-    group.add_argument(
-        "--draw-x",
-        action="store_true",
-        help="draw x from p(x|z), with its noise, instead of showing its mean",
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
-from .arguments import add_run_command, add_run_options, index, positive
+from .arguments import add_draw_x, add_run_command, add_run_options, index, positive
 from .output import add_output_options, output_path, save_array, save_moving, save_picture
 from .runs import Run, decoded, latents_of, open_data, open_run, track
 
@@ -60,6 +60,7 @@ def add(commands: Any) -> None:
         help="two latents, the first from left to right and the second upwards, over the quantiles of the "
         "prior; --range has no say",
     )
+    add_draw_x(group)
     add_output_options(parser, ("png", "gif", "npy"))
     add_run_options(parser, data="for --index, and for the KL of a run that has no summary.json")
 
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         z = traversal(center, latents, offsets)
         several = "" if len(latents) == 1 else "s"
         what = f"{len(latents)} latent{several} from {-arguments.range:g} to {arguments.range:g}"
-    x = decoded(opened, z, arguments.batch_size)
+    x = decoded(opened, z, arguments)
     names = [f"z{latent}" if kl is None else f"z{latent} {kl[latent]:.2f} nats" for latent in latents]
     if kind == "npy":
         save_array(path, x)
