@@ -317,7 +317,13 @@ def test_sigterm_to_any_leaves_one_checkpoint(request, tmp_path: Path, to: str) 
         (["--out", "file/run"], "--out: got 'file/run', but file is not a folder"),
     ],
 )
-def test_an_error_of_all_ranks_is_said_once(tmp_path: Path, arguments: list[str], found: str) -> None:
+def test_an_error_of_all_ranks_is_said_once(
+    tmp_path: Path, arguments: list[str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the one that says it is the last to know."""
+    slow = "import os, time\ntime.sleep(os.environ.get('LOCAL_RANK') == '0')\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "file").touch()
     done = run_ranks(tmp_path, "--nproc-per-node=2", *TRAIN, "--epochs", "2", "--out", "run", *arguments)
     assert done.returncode != 0

@@ -7,6 +7,7 @@ import difflib
 import importlib.metadata
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -45,13 +46,17 @@ COMMANDS = (  # in the order of the help
 
 RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun starts
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+SAID_SECONDS = 5.0  # for another rank to say what is wrong
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fastvae: error: {message}\n" if LOCAL_RANK == 0 else None)
+        if LOCAL_RANK > 0:
+            _leave_it_to_be_said()
+            self.exit(2)
+        self.exit(2, f"fastvae: error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if getattr(arguments, "debug", False):
             traceback.print_exc()
-        if not _is_said_elsewhere(error):
+        if _is_said_elsewhere(error):
+            _leave_it_to_be_said()
+        else:
             which = "" if RANK == 0 else f"rank {RANK}: "
             print(f"fastvae: error: {which}{_one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
@@ -111,6 +118,11 @@ def _is_said_elsewhere(error: Exception) -> bool:
     from ..training.result import TrainingError
 
     return isinstance(error, (CheckpointError, RankError, TrainingError))
+
+
+def _leave_it_to_be_said() -> None:
+    """Wait for the rank that says it to end: torchrun ends all others, said or not, when one has ended."""
+    time.sleep(SAID_SECONDS)
 
 
 def _one_line(error: Exception) -> str:
