@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "bindings.hpp"
 #include "elbo.hpp"
@@ -116,26 +117,27 @@ auto run_once(Call (*make)(Arguments...)) {
     return [make](Arguments... arguments) { run_call(make(std::forward<Arguments>(arguments)...)); };
 }
 
-// Run a call with its tensors in other memory, given in the order of Elbo's fields.
+// Run a call with its tensors in other memory, given in the order of Elbo's fields, but what is made last.
 void run_again(
-    const Call& plan, const std::array<Address, 22>& addresses, std::optional<std::int64_t> seed, double beta,
+    const Call& plan, const std::vector<Address>& addresses, std::optional<std::int64_t> seed, double beta,
     double log_variance) {
     Elbo call = plan.call;
-    std::size_t next = 0;
+    std::size_t count = 0;
     const auto place = [&]<class T>(T*& field) {
-        const Address address = addresses[next++];
-        if ((address == 0) != (field == nullptr))
-            throw std::invalid_argument("addresses: got another set of tensors than the call was made of");
-        field = pointer<T>(address);
+        if (field && count++ < addresses.size()) field = pointer<T>(addresses[count - 1]);
     };
     for (View* given : {&call.x_hat, &call.x, &call.mu, &call.logvar}) place(given->data);
     for (const void** given : {&call.kl, &call.weight, &call.beta_latents}) place(*given);
-    for (void** value : {&call.loss, &call.recon, &call.kl_term, &call.z, &call.kl_rows}) place(*value);
     for (PerRow* given : {&call.g_loss, &call.g_recon, &call.g_kl_term}) place(given->data);
     place(call.g_z.data);
     place(call.g_kl_rows.data);
+    for (void** value : {&call.loss, &call.recon, &call.kl_term, &call.z, &call.kl_rows}) place(*value);
     for (void** gradient : {&call.g_x_hat, &call.g_mu, &call.g_logvar, &call.g_kl, &call.g_log_variance})
         place(*gradient);
+    if (count != addresses.size())
+        throw std::invalid_argument(
+            "addresses: got " + std::to_string(addresses.size()) + ", expected " + std::to_string(count)
+            + ", one for each tensor that the call was made of");
     if (seed) call.seed = static_cast<std::uint64_t>(*seed);
     call.beta = beta;
     call.log_variance = log_variance;
@@ -186,8 +188,8 @@ void bind_elbo(py::module_& m) {
             .def(py::init(&checked_call), arguments...)
             .def(
                 "run_again", &run_again, py::arg("addresses"), py::arg("seed"), py::arg("beta"), py::arg("log_variance"),
-                "Run it with its tensors in other memory: the addresses of inputs, values, upstream gradients and\n"
-                "gradients, 0 where there was none.");
+                "Run it with its tensors in other memory: the addresses of inputs, upstream gradients, values and\n"
+                "gradients, of those that there were.");
     };
     define(
         py::arg("real64"), py::arg("extents"), py::arg("threads"), py::arg("likelihood"), py::arg("half"),

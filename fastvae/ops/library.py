@@ -116,8 +116,7 @@ def plan(op: Any, arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple
         call, tensors = _Call.of(arguments)
         inputs, upstream = call.split(tensors)
         if call.kernels is native and native.Plan.serves(inputs, upstream):
-            planned = native.Plan(inputs, call.spec, call.extents, upstream, call.needs)
-            return lambda *others: planned(*call.split(others)), tensors
+            return native.Plan(inputs, call.spec, call.extents, upstream, call.needs), tensors
     return _bind(op, arguments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ class Plan:
     upstream, needs: of `backward`; `forward_and_gradients` has needs alone, `forward` neither.
     """
 
+    __name__ = "plan"  # a function has one, and so has what torch.fx calls
+
     def __init__(
         self, inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward | None, needs: Needs | None
     ) -> None:
@@ -77,8 +80,15 @@ class Plan:
         values = call.outputs() if upstream is None else Forward()
         gradients = Gradients() if needs is None else call.gradients(needs)
         self._call = _native.ELBOCall(*call.arguments(values, upstream, gradients, _ONE_THREAD_BELOW_AWAKE))
-        self._values, self._gradients = _Empty(values), _Empty(gradients)
-        self._has_seed = inputs.seed is not None
+        self._numbers = inputs.beta, inputs.log_scale
+        made = [t for t in (*values, *gradients) if t is not None]
+        self._kinds = [(t.shape, t.dtype, t.nbytes >= _POOLED) for t in made]
+        self._kept: list[Tensor | None] = [None] * len(made)
+
+    def reuse(self, are_free: Iterable[bool]) -> None:
+        """Make those values and gradients in the same memory each time that nobody needs at the next call."""
+        kinds = zip(self._kinds, are_free, strict=True)
+        self._kept = [_empty(*kind) if is_free else None for kind, is_free in kinds]
 
     @staticmethod
     def serves(inputs: Inputs, upstream: Forward | None) -> bool:
@@ -90,33 +100,24 @@ class Plan:
         return (
             number
             and all(t is None or t.is_contiguous() or (t.ndim == 2 and t.stride(1) == 1) for t in read)
+            and all(t is None or t.numel() > 0 for t in read)  # which has an address
             and all(t is None or (t.dtype == real and t.is_contiguous()) for t in vectors)
         )
 
-    def __call__(self, inputs: Inputs, upstream: Forward | None = None) -> list[Tensor]:
-        """The values and gradients that are made."""
-        made = [*self._values.tensors(), *self._gradients.tensors()]
-        tensors = (*inputs[:6], None, *made[:5], *(upstream or _NOTHING), *made[5:])
+    def __call__(self, *tensors: Tensor | None) -> list[Tensor]:
+        """The values and gradients that are made; given the tensors of `Inputs`, then those of `upstream`."""
+        made = [
+            _empty(*kind) if kept is None else kept
+            for kept, kind in zip(self._kept, self._kinds, strict=True)
+        ]
+        beta, log_scale, seed = tensors[6:9]
         self._call.run_again(
-            [0 if t is None else t.data_ptr() for t in tensors],
-            int(inputs.seed) if self._has_seed and inputs.seed is not None else None,
-            float(inputs.beta),
-            float(inputs.log_scale),
+            [t.data_ptr() for t in (*tensors[:6], *tensors[9:], *made) if t is not None],
+            None if seed is None else int(seed),
+            float(self._numbers[0] if beta is None else beta),
+            float(self._numbers[1] if log_scale is None else log_scale),
         )
-        return [t for t in made if t is not None]
-
-
-class _Empty:
-    """Makes uninitialised tensors like these."""
-
-    def __init__(self, tensors: Forward | Gradients) -> None:
-        self._kinds = [None if t is None else (t.shape, t.dtype, t.nbytes >= _POOLED) for t in tensors]
-
-    def tensors(self) -> list[Tensor | None]:
-        return [None if kind is None else _empty(*kind) for kind in self._kinds]
-
-
-_NOTHING = Forward()
+        return made
 
 
 class _Call:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..ops import library
+from ..ops.native import Plan
 
 _aten = torch.ops.aten
 _SAME_TENSOR = {_aten.detach.default, _aten.alias.default}  # where no autograd looks on
@@ -81,6 +82,7 @@ class _Recorder(TorchDispatchMode):
         self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
         self._storages: set[int] = set()  # of what was made
         self._alive: list[Tensor] = []  # so that no id and no address is used twice
+        self._plans: list[tuple[Plan, list[Tensor]]] = []  # and what they made
         self._can_replay = True
         for i, tensor in enumerate(inputs):
             self._add(tensor, self._graph.placeholder(f"input_{i}"))
@@ -104,6 +106,8 @@ class _Recorder(TorchDispatchMode):
             given = list(_tensors((args, kwargs)))
             if func in library.OPS:
                 func, args = library.plan(func, args)
+                if isinstance(func, Plan):
+                    self._plans.append((func, result))
             arguments = tree_map_only(Tensor, self._node, (args, dict(kwargs)))
             self._add_result(result, self._graph.call_function(func, *arguments), given)
         return result
@@ -113,6 +117,9 @@ class _Recorder(TorchDispatchMode):
         if not self._can_replay:
             return None
         _simplify(self._graph)
+        leaving = {_address(t) for t in outputs if t is not None}
+        for plan, made in self._plans:
+            plan.reuse(_address(t) not in leaving for t in made)
         return Tape(self._graph, [tensor for _, tensor in self._constants.values()])
 
     def _add_result(self, result: Any, node: fx.Node, given: list[Tensor]) -> None:
@@ -129,13 +136,13 @@ class _Recorder(TorchDispatchMode):
     def _add(self, tensor: Tensor, node: fx.Node) -> None:
         self._made[id(tensor)] = node
         node.meta |= {"shape": tensor.shape, "dtype": tensor.dtype}
-        self._storages.add(tensor.untyped_storage().data_ptr())
+        self._storages.add(_address(tensor))
         self._alive.append(tensor)
 
     def _node(self, tensor: Tensor) -> fx.Node:
         if id(tensor) in self._made:
             return self._made[id(tensor)]
-        if tensor.untyped_storage().data_ptr() in self._storages:
+        if _address(tensor) in self._storages:
             self._can_replay = False  # a view that was made where no operation is seen
         if id(tensor) not in self._constants:
             with self._graph.inserting_after(self._last_placeholder):
@@ -153,6 +160,11 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(tree, Mapping):
         yield from _tensors(tuple(tree.values()))
+
+
+def _address(tensor: Tensor) -> int:
+    """Of its storage, by which views are known."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _getitem(results: Sequence[Any], i: int) -> Any:
