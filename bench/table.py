@@ -37,10 +37,10 @@ def table(results: dict[str, Any]) -> str:
 def figure_of(row: dict[str, Any], name: str) -> str:
     """The median as a rate, or as a time and its share of a copy's bandwidth."""
     seconds = row["median_s"][name]
+    path = name.removeprefix("fastvae").strip(", ")
     if row["samples"] is not None:
-        return f"{row['samples'] / seconds:,.0f} samples/s"
+        return f"{row['samples'] / seconds:,.0f} samples/s {path}".strip()
     figure = f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
-    path = name.partition(", ")[2]
     share = f"{row['share_of_copy'][name]:.0%} of copy" if name in row.get("share_of_copy", {}) else ""
     return ", ".join(filter(None, [f"{figure} {path}".strip(), share]))
 
