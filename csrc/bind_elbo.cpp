@@ -210,7 +210,6 @@ void bind_elbo(py::module_& m) {
             return names;
         },
         "The instruction sets that this CPU can run, the one in use first.");
-    m.def("bf16_supported", &bf16_supported, "Whether this CPU multiplies bfloat16 matrices natively.");
 }
 
 }  // namespace fastvae

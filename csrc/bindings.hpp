@@ -12,6 +12,7 @@ void bind_elbo(pybind11::module_& m);
 void bind_flips(pybind11::module_& m);
 void bind_loader(pybind11::module_& m);
 void bind_mapped(pybind11::module_& m);
+void bind_product(pybind11::module_& m);
 void bind_rows(pybind11::module_& m);
 void bind_shapes(pybind11::module_& m);
 void bind_sparse(pybind11::module_& m);

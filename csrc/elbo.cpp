@@ -41,17 +41,6 @@ const InstructionSet& instruction_set(const std::optional<std::string>& name) {
     return *found;
 }
 
-bool bf16_supported() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bf16")) return true;
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-    return __builtin_cpu_supports("amx-bf16");
-#endif
-#endif
-    return false;
-}
-
 namespace {
 
 // The sums over chunks, samples and rows, one after another in double: the same at any thread count.

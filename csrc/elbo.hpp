@@ -95,7 +95,4 @@ const InstructionSet& instruction_set(const std::optional<std::string>& name);
 // Compute one call. The result does not depend on `threads` or on the instruction set.
 void run(Elbo call, const InstructionSet& isa);
 
-// Whether this CPU multiplies bfloat16 matrices natively (AVX512_BF16 or AMX).
-bool bf16_supported();
-
 }  // namespace fastvae

@@ -106,7 +106,24 @@ def box_muller(
     """Two standard normals, (r cos, r sin), from each pair of words; 1-D, of one length."""
 
 def instruction_sets() -> list[str]: ...
+
+class ProductMemory:
+    def __init__(self) -> None: ...
+
+class ProductCall:
+    def __init__(
+        self,
+        extents: Sequence[int],
+        a_strides: Sequence[int],
+        b_strides: Sequence[int],
+        relu: bool,
+        threads: int,
+        memory: ProductMemory,
+    ) -> None: ...
+    def run(self, a: int, b: int, bias: int, where: int, c: int) -> None: ...
+
 def bf16_supported() -> bool: ...
+def products_supported() -> bool: ...
 def epoch_order(
     n: int,
     seed: int,

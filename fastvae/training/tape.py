@@ -13,12 +13,15 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from .. import _native
 from ..ops import library
 from ..ops.native import Plan
+from ..ops.products import Product
 
 _aten = torch.ops.aten
 _SAME_TENSOR = {_aten.detach.default, _aten.alias.default}  # where no autograd looks on
 _SUM = _aten.sum.dim_IntList
+_PRODUCTS = {_aten.addmm.default: (1, 2, 0), _aten.mm.default: (0, 1)}  # where a, b and bias are
 # the same operations, called in half the time
 _SHORT: dict[Any, Callable[..., Any]] = {
     _aten.addmm.default: torch.addmm,
@@ -82,7 +85,7 @@ class _Recorder(TorchDispatchMode):
         self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
         self._storages: set[int] = set()  # of what was made
         self._alive: list[Tensor] = []  # so that no id and no address is used twice
-        self._plans: list[tuple[Plan, list[Tensor]]] = []  # and what they made
+        self._memory = _native.ProductMemory()
         self._can_replay = True
         for i, tensor in enumerate(inputs):
             self._add(tensor, self._graph.placeholder(f"input_{i}"))
@@ -96,18 +99,19 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _PRODUCTS and not kwargs and Product.serves(*(args[i] for i in _PRODUCTS[func])):
+            args = tuple(args[i] for i in _PRODUCTS[func])
+            func = Product(args[0], args[1], self._memory)
         result = func(*args, **kwargs)
         tensors = [t for t in _tensors((args, kwargs)) if id(t) in self._made]
         if tensors and (
             func in _SAME_TENSOR or (func is _aten.view.default and result.shape == args[0].shape)
         ):
             self._add(result, self._made[id(tensors[0])])
-        elif not (func.is_view and not tensors):  # a view of a constant is a constant
+        elif tensors or isinstance(func, Product) or not func.is_view:  # a view of a constant is a constant
             given = list(_tensors((args, kwargs)))
             if func in library.OPS:
                 func, args = library.plan(func, args)
-                if isinstance(func, Plan):
-                    self._plans.append((func, result))
             arguments = tree_map_only(Tensor, self._node, (args, dict(kwargs)))
             self._add_result(result, self._graph.call_function(func, *arguments), given)
         return result
@@ -118,8 +122,9 @@ class _Recorder(TorchDispatchMode):
             return None
         _simplify(self._graph)
         leaving = {_address(t) for t in outputs if t is not None}
-        for plan, made in self._plans:
-            plan.reuse(_address(t) not in leaving for t in made)
+        for node in self._graph.nodes:
+            if isinstance(node.target, (Plan, Product)):
+                node.target.reuse([address not in leaving for address in node.meta["storages"]])
         return Tape(self._graph, [tensor for _, tensor in self._constants.values()])
 
     def _add_result(self, result: Any, node: fx.Node, given: list[Tensor]) -> None:
@@ -127,6 +132,7 @@ class _Recorder(TorchDispatchMode):
             if not any(result is t for t in given):  # in-place operations give what they were given
                 self._add(result, node)
         elif isinstance(result, (list, tuple)):
+            node.meta["storages"] = [_address(t) for t in _tensors(result)]
             for i, part in enumerate(result):
                 if part is not None:
                     self._add_result(part, self._graph.call_function(_getitem, (node, i)), given)
@@ -135,7 +141,7 @@ class _Recorder(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, node: fx.Node) -> None:
         self._made[id(tensor)] = node
-        node.meta |= {"shape": tensor.shape, "dtype": tensor.dtype}
+        node.meta |= {"shape": tensor.shape, "dtype": tensor.dtype, "storages": [_address(tensor)]}
         self._storages.add(_address(tensor))
         self._alive.append(tensor)
 
@@ -174,7 +180,17 @@ def _getitem(results: Sequence[Any], i: int) -> Any:
 def _simplify(graph: fx.Graph) -> None:
     """Leave out transposes of transposes, what is not used and detours; call the rest by the shortest way."""
     for node in list(graph.nodes):
-        if node.target is _aten.t.default and node.args[0].target is _aten.t.default:
+        if isinstance(node.target, Product):  # which knows the strides
+            node.args = tuple(_origin(arg) for arg in node.args)
+        elif node.target is _aten.relu.default and _is_of_product(node):
+            node.args[0].target.then_relu()
+            _take_place(node, node.args[0])
+        elif _is_backward_of_relu(node):
+            product, where, _ = node.args
+            a, b, *bias = product.args
+            product.args = (a, b, *(bias or [None]), where)
+            _take_place(node, product)
+        elif node.target is _aten.t.default and node.args[0].target is _aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
         elif node.target is _aten.view.default and _drops_dim_of_sum(node):
             total = node.args[0]
@@ -196,6 +212,35 @@ def _simplify(graph: fx.Graph) -> None:
             node.target, node.args = Tensor.sum, (node.args[0], node.args[1][0])
         elif node.op == "call_function" and not node.kwargs:
             node.target = _SHORT.get(node.target, node.target)
+
+
+def _origin(node: Any) -> Any:
+    """What the node is a transpose of."""
+    while isinstance(node, fx.Node) and node.target is _aten.t.default:
+        node = node.args[0]
+    return node
+
+
+def _is_of_product(node: fx.Node) -> bool:
+    """Whether the first that it is given is a product that nobody else sees."""
+    product: Any = node.args[0]
+    return isinstance(product.target, Product) and len(product.users) == 1
+
+
+def _is_backward_of_relu(node: fx.Node) -> bool:
+    """Whether it takes a product to the other side of a ReLU that gave a product too."""
+    if node.target is not _aten.threshold_backward.default or not _is_of_product(node):
+        return False
+    where: Any
+    product, where, threshold = node.args
+    return isinstance(where.target, Product) and bool(where < product and threshold == 0)
+
+
+def _take_place(node: fx.Node, product: fx.Node) -> None:
+    """Let the product be the node."""
+    product.meta = node.meta
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
 
 
 def _drops_dim_of_sum(view: fx.Node) -> bool:

@@ -1,0 +1,77 @@
+"""Products of bfloat16 matrices on the CPU, prepared to be made again and again: csrc/product.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+# Up to here they are to the bit what torch's are, and faster; beyond, the arithmetic is all that counts.
+_MOST_INNER = 1024
+_MOST_ELEMENTS = 1 << 21
+
+
+class Product:
+    """a b, or bias + a b, for matrices like those given: in nothing but their memory others.
+
+    a, b: bfloat16 [m, k] and [k, n].
+    bias: [n].
+    memory: to work in, which products that are not made at once may share.
+    """
+
+    __name__ = "product"  # a function has one, and so has what torch.fx calls
+
+    def __init__(self, a: Tensor, b: Tensor, memory: _native.ProductMemory) -> None:
+        self._extents = a.shape[0], b.shape[1], a.shape[1]
+        self._strides = a.stride(), b.stride()
+        self._memory = memory
+        self._kept: Tensor | None = None
+        self._prepare(relu=False)
+
+    @staticmethod
+    def serves(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
+        """Whether it is better than torch's product of these, and gives the same."""
+        if not _native.products_supported() or max(len(a), b.shape[1]) * a.shape[1] > _MOST_ELEMENTS:
+            return False
+        return (
+            all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and 1 in t.stride() for t in (a, b))
+            and 0 < a.shape[1] <= _MOST_INNER
+            and (bias is None or (bias.shape == b.shape[1:] and bias.is_contiguous()))
+        )
+
+    def then_relu(self) -> None:
+        """Give the ReLU of it from now on."""
+        self._prepare(relu=True)
+
+    def reuse(self, are_free: Iterable[bool]) -> None:
+        """Make it in the same memory each time if nobody needs it at the next call; as of ops.native.Plan."""
+        (is_free,) = are_free
+        self._kept = self._empty() if is_free else None
+
+    def __call__(
+        self, a: Tensor, b: Tensor, bias: Tensor | None = None, where: Tensor | None = None
+    ) -> Tensor:
+        """The product, [m, n].
+
+        a, b: or views of them, such as their transposes, that begin where they do.
+        where: [m, n], contiguous; where it is at most 0, so is the product (the backward of a ReLU).
+        """
+        product = self._empty() if self._kept is None else self._kept
+        self._call.run(
+            a.data_ptr(),
+            b.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if where is None else where.data_ptr(),
+            product.data_ptr(),
+        )
+        return product
+
+    def _prepare(self, *, relu: bool) -> None:
+        threads = torch.get_num_threads()
+        self._call = _native.ProductCall(self._extents, *self._strides, relu, threads, self._memory)
+
+    def _empty(self) -> Tensor:
+        return torch.empty(self._extents[:2], dtype=torch.bfloat16)
