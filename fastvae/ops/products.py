@@ -12,6 +12,7 @@ from .. import _native
 # Up to here they are to the bit what torch's are, and faster; beyond, the arithmetic is all that counts.
 _MOST_INNER = 1024
 _MOST_ELEMENTS = 1 << 21
+_MOST_SMALL = 16**3  # m n k up to which torch does not ask oneDNN, but adds up in another order
 
 
 class Product:
@@ -34,11 +35,12 @@ class Product:
     @staticmethod
     def serves(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
         """Whether it is better than torch's product of these, and gives the same."""
-        if not _native.products_supported() or max(len(a), b.shape[1]) * a.shape[1] > _MOST_ELEMENTS:
+        (m, k), n = a.shape, b.shape[1]
+        if not _native.products_supported() or max(m, n) * k > _MOST_ELEMENTS or m * n * k <= _MOST_SMALL:
             return False
         return (
             all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and 1 in t.stride() for t in (a, b))
-            and 0 < a.shape[1] <= _MOST_INNER
+            and k <= _MOST_INNER
             and (bias is None or (bias.shape == b.shape[1:] and bias.is_contiguous()))
         )
 
