@@ -137,6 +137,15 @@ def test_no_tape_where_python_looks_into_a_tensor() -> None:
     assert output.tolist() == [2, 2, 2]
 
 
+def test_no_tape_of_what_differs_without_autograd() -> None:
+    layer = nn.LSTM(3, 4)
+
+    def gradient(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x)[0].sum(), layer.weight_ih_l0)
+
+    assert record(gradient, torch.randn(5, 2, 3))[1] is None
+
+
 def test_a_step_goes_on_as_written_where_it_has_no_tape(seed: int) -> None:
     class Deciding(nn.Identity):
         def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..ops.products import Product
 
 _aten = torch.ops.aten
 _SAME_TENSOR = {_aten.detach.default, _aten.alias.default}  # where no autograd looks on
+_ELSE_WITHOUT_AUTOGRAD = {_aten.mkldnn_rnn_layer.default}  # of an LSTM: keeps nothing for its backward
 _SUM = _aten.sum.dim_IntList
 _PRODUCTS = {_aten.addmm.default: (1, 2, 0), _aten.mm.default: (0, 1)}  # where a, b and bias are
 # the same operations, called in half the time
@@ -102,6 +103,7 @@ class _Recorder(TorchDispatchMode):
         if func in _PRODUCTS and not kwargs and Product.serves(*(args[i] for i in _PRODUCTS[func])):
             args = tuple(args[i] for i in _PRODUCTS[func])
             func = Product(args[0], args[1], self._memory)
+        self._can_replay &= func not in _ELSE_WITHOUT_AUTOGRAD
         result = func(*args, **kwargs)
         tensors = [t for t in _tensors((args, kwargs)) if id(t) in self._made]
         if tensors and (
