@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
 from fastvae.inference.evaluate import negative_elbo
+from fastvae.training.backward import MOST_TAPES
 from fastvae.training.step import TrainStep
 from fastvae.training.tape import is_recordable, record
 
@@ -135,6 +136,15 @@ def test_no_tape_where_python_looks_into_a_tensor() -> None:
     (output,), tape = record(function, torch.ones(3))
     assert tape is None
     assert output.tolist() == [2, 2, 2]
+
+
+def test_batches_of_many_sizes_have_few_tapes(seed: int) -> None:
+    torch.manual_seed(seed)
+    step = TrainStep(fastvae.VAE.mlp(ITEM, (8,), 3), fastvae.ELBOLoss())
+    for n in (*range(1, MOST_TAPES + 4), 1, MOST_TAPES + 2):
+        step(torch.rand(n, *ITEM))
+    assert len(step.backward.tapes or ()) == MOST_TAPES
+    assert step.optimizer.steps == MOST_TAPES + 5
 
 
 def test_no_tape_of_what_differs_without_autograd() -> None:

@@ -22,6 +22,8 @@ from .graph import likeness_of
 from .tape import Tape, is_recordable, record
 from .weights import FlatWeights
 
+MOST_TAPES = 16  # each of which has the memory of a batch of its own; mostly there are two
+
 
 class Backward:
     """The terms of the loss of x, or a rank's part of them; their gradients arrive at `leaves`.
@@ -31,7 +33,7 @@ class Backward:
     records: whether the operations on a batch may be recorded and replayed; they are where model and loss
         allow it, and nothing of the above asks for them as they are written.
     leaves: the weights as the step uses them, then the parameters of the loss.
-    tapes: of the batches so far, by what they looked like; None where nothing is recorded.
+    tapes: of the first batches of MOST_TAPES kinds, by what they looked like; None where nothing is recorded.
     """
 
     def __init__(
@@ -73,12 +75,12 @@ class Backward:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.accumulate > 1:
             return self._by_parts(x, share)
-        if self.tapes is None:
+        kind = x.shape, x.stride(), x.dtype, share
+        if self.tapes is None or (kind not in self.tapes and len(self.tapes) == MOST_TAPES):
             with self.weights.lent():
                 terms = self.terms(x, share)
                 self._backward(terms.loss)
             return terms
-        kind = x.shape, x.stride(), x.dtype, share
         if kind in self.tapes:
             outputs = self.tapes[kind](x)
         else:
