@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
 from fastvae.inference.evaluate import negative_elbo
+from fastvae.models.model import ModelError
 from fastvae.training.backward import MOST_TAPES
 from fastvae.training.step import TrainStep
 from fastvae.training.tape import is_recordable, record
@@ -207,6 +208,33 @@ def test_tapes_last_until_the_model_is_changed(seed: int, change: str) -> None:
             step(x)
         results.append(step.weights.flat.detach().clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tape", [True, False])
+def test_what_is_frozen_meanwhile_stays(seed: int, tape: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    model = fastvae.VAE.mlp(ITEM, (8,), 3)
+    step = TrainStep(model, fastvae.ELBOLoss(), amp_dtype=dtype)
+    for frozen in (False, True, False):
+        model.encoder.requires_grad_(not frozen)
+        step.reset()
+        step.backward.tapes = step.backward.tapes if tape else None
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        step(torch.rand(4, *ITEM))
+        step(torch.rand(4, *ITEM))
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) == (frozen and name.startswith("encoder")), name
+
+
+def test_what_was_frozen_at_first_cannot_be_trained_later() -> None:
+    model = fastvae.VAE.mlp(ITEM, (8,), 3)
+    model.encoder.requires_grad_(False)
+    step = TrainStep(model, fastvae.ELBOLoss())
+    step.reset()
+    model.requires_grad_(True)
+    with pytest.raises(ModelError, match=r"encoder\.layers\.0\.weight unfrozen"):
+        step.reset()
 
 
 def test_only_known_layers_are_recorded() -> None:

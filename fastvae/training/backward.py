@@ -152,10 +152,13 @@ class Backward:
             terms = self.terms(x, share)
             roots = [(terms.loss, torch.ones_like(terms.loss))]
         tensors, gradients = zip(*roots, strict=True)
-        return (*terms, *torch.autograd.grad(tensors, self.leaves, gradients, allow_unused=True))
+        trained = [leaf for leaf in self.leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(tensors, trained, gradients, allow_unused=True))
+        return (*terms, *(next(found) if leaf.requires_grad else None for leaf in self.leaves))
 
     def reset(self) -> None:
-        """Forget the tapes if the model's owner has changed it."""
+        """Follow what the model's owner has frozen, and forget the tapes if it was changed."""
+        self.weights.follow_freezing()
         if not self._records or not is_recordable(self.model, self.loss):
             self.tapes = None
             return

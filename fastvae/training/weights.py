@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..models.model import ModelError
+
 # what autocast computes in low precision, with weights that it would cast at each use
 _MATRIX_MODULES = (
     nn.Linear,
@@ -42,11 +44,13 @@ class FlatWeights:
         self, model: nn.Module, amp_dtype: torch.dtype = torch.float32, exclude: Iterable[nn.Parameter] = ()
     ) -> None:
         left_out = {id(p) for p in exclude}
-        named = {
+        own = {
             name: p
             for name, p in model.named_parameters()
-            if p.requires_grad and p.dtype == torch.float32 and id(p) not in left_out
+            if p.dtype == torch.float32 and id(p) not in left_out
         }
+        named = {name: p for name, p in own.items() if p.requires_grad}
+        self._frozen = {name: p for name, p in own.items() if not p.requires_grad}
         self.names, self._parameters = list(named), list(named.values())
         device = self._parameters[0].device if self._parameters else None
         self.flat = nn.Parameter(torch.zeros(sum(map(_padded, self._parameters)), device=device))
@@ -88,6 +92,20 @@ class FlatWeights:
         finally:
             for module, name, parameter, _ in self._swaps:
                 module._parameters[name] = parameter
+
+    def follow_freezing(self) -> None:
+        """Train what requires gradients now, and nothing else.
+
+        Raises ModelError for a parameter that required none at first, and so is not among these.
+        """
+        for _, _, parameter, copy in self._swaps:
+            copy.requires_grad_(parameter.requires_grad)
+        for name, parameter in self._frozen.items():
+            if parameter.requires_grad:
+                raise ModelError(
+                    f"model: got {name} unfrozen in the training, expected it to require gradients at its "
+                    "beginning; freeze it in on_start of a callback"
+                )
 
     def are_finite(self) -> bool:
         """Whether all weights are; waits for the device."""
