@@ -302,6 +302,18 @@ def test_weights_that_explode_are_never_kept(amp, tmp_path) -> None:
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_x_that_is_not_finite_is_said_to_be(seed: int) -> None:
+    """As of a loader that is not ours, which refuses it."""
+    data = _data()
+    data[100, 3] = np.nan
+    bad, good = _batches(data, 15), _batches(_data(), 15)
+    config = TrainConfig(epochs=1, device="cpu")
+    with pytest.raises(TrainingError, match=r"step 7, .* the KL term is nan, for x itself is not finite;"):
+        Trainer(VAE.mlp((12,), (8,), 2), bad, config=config).fit()
+    with pytest.raises(TrainingError, match=r"KL nan, for x itself is not finite in batch 6;"):
+        Trainer(VAE.mlp((12,), (8,), 2), good, bad, config=config).fit()
+
+
 def test_a_validation_loss_that_is_not_finite() -> None:
     trainer = Trainer(
         VAE.mlp((12,), (8,), 2), DataLoader(_data(), 15), DataLoader(_data(2), 15),

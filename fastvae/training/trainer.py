@@ -283,7 +283,12 @@ class Trainer:
         self.ranks.share_generators(self.device)
         batches = WaitClock(self._shares(progress.epoch, first))
         for done, (x, share) in enumerate(batches, first + 1):
-            step(x, share)
+            try:
+                step(x, share)
+            except NonFiniteError as error:
+                if x.isfinite().all():
+                    raise
+                raise NonFiniteError(error.step, f"{error.what}, for x itself is not finite") from error
             progress.batch = done
             progress.epoch_samples = step.count
             progress.epoch_seconds = earlier + time.perf_counter() - began

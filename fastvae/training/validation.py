@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..inference.evaluate import evaluate
+from ..inference.evaluate import evaluate, inputs
 from ..inference.latents import LatentStatistics
 from ..loss import ELBOLoss
 from ..models import Model
@@ -32,19 +32,25 @@ class Validation:
             return dict.fromkeys(_LOSSES)
         self._ranks.make_equal(model.buffers())
         latents = LatentStatistics()
+        device = next(model.parameters()).device
         terms = evaluate(
             model,
             self._val,
             loss=self._loss,
             seed=self._config.seed,
             latents=latents,
-            process_group=self._ranks.group(next(model.parameters()).device),
+            process_group=self._ranks.group(device),
         )
         loss, recon, kl = (float(term) for term in terms)
         if not math.isfinite(loss):
+            what = f"loss {loss}, recon {recon}, KL {kl}"
+            for i, x in enumerate(inputs(self._val, device)):
+                if not x.isfinite().all():
+                    what += f", for x itself is not finite in batch {i}"
+                    break
             raise TrainingError(
-                f"the validation loss is not finite after epoch {epoch}: loss {loss}, recon {recon}, "
-                f"KL {kl}; try a lower --lr than {self._config.lr:g}"
+                f"the validation loss is not finite after epoch {epoch}: {what}; "
+                f"try a lower --lr than {self._config.lr:g}"
             )
         return {
             **dict(zip(_LOSSES, (loss, recon, kl), strict=True)),
