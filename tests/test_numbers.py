@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastvae import VAE, DataLoader, ELBOLoss, _native
 from fastvae.cli import main
+from fastvae.models.model import ModelError
 from fastvae.ops import ELBOTerms
 from fastvae.training.checkpoint import checkpoints
 from fastvae.training.config import TrainConfig
@@ -300,6 +301,16 @@ def test_weights_that_explode_are_never_kept(amp, tmp_path) -> None:
     with pytest.raises(TrainingError, match=r"step \d, in epoch 1, .*no checkpoint yet; .*lower --lr"):
         _fit(_data(), lr=1e30, amp=amp, out=str(tmp_path), checkpoint_steps=10)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "log_variance", [torch.zeros(12).bfloat16(), torch.zeros(24)[::2]], ids=["bf16", "gaps"]
+)
+def test_a_loss_learns_contiguous_float32_only(log_variance: torch.Tensor) -> None:
+    """Which the optimizer writes to where it lies."""
+    loss = ELBOLoss("gaussian", log_variance=nn.Parameter(log_variance))
+    with pytest.raises(ModelError, match=r"loss: got log_variance of .*, expected contiguous torch\.float32"):
+        TrainStep(VAE.mlp((12,), (8,), 2), loss)
 
 
 def test_x_that_is_not_finite_is_said_to_be(seed: int) -> None:

@@ -74,11 +74,12 @@ class NativeAdam:
         """One step, unless something is not finite."""
         if terms is not None and not math.isfinite(terms.loss.item()):
             return _finding(terms)
+        leaves = (*self.weights.leaves, *self.learned_by_loss)
+        own = (*self.weights.own_gradients(), *(parameter.grad for parameter in self.learned_by_loss))
         gradients = [
             None if gradient is None else _laid_out_as(leaf, gradient)
-            for leaf, gradient in zip(self.weights.leaves, self.weights.own_gradients(), strict=True)
+            for leaf, gradient in zip(leaves, own, strict=True)
         ]
-        gradients += [parameter.grad for parameter in self.learned_by_loss]
         at = [(0, 0) if g is None else (g.data_ptr(), DTYPE_CODES[g.dtype]) for g in gradients]
         threads = torch.get_num_threads()
         factor = 1.0

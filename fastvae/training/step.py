@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..loss import ELBOLoss
 from ..models import Model
+from ..models.model import ModelError
 from ..ops import ELBOTerms
 from ..ops.library import random_bits
 from ..ops.pages import keep_pages
@@ -100,6 +101,12 @@ class TrainStep:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         learned_by_loss = list(self.loss.parameters())
         names_of_loss = [name for name, _ in self.loss.named_parameters()]
+        for name, p in self.loss.named_parameters():
+            if p.dtype != torch.float32 or not p.is_contiguous():
+                layout = "contiguous" if p.is_contiguous() else "not contiguous"
+                raise ModelError(
+                    f"loss: got {name} of {p.dtype}, {layout}, expected contiguous torch.float32"
+                )
         self.weights = FlatWeights(model, amp_dtype, exclude=learned_by_loss)
         self.optimizer = make_optimizer(
             self.weights, learned_by_loss, optimizer, lr, weight_decay, clip_norm, ema_decay
