@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -207,6 +211,36 @@ def test_tapes_last_until_the_model_is_changed(seed: int, change: str) -> None:
             step.backward.tapes = step.backward.tapes if tape else None
             step(x)
         results.append(step.weights.flat.detach().clone())
+    assert torch.equal(*results)
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+AROUND = {"autocast": partial(torch.autocast, "cpu", torch.bfloat16), "float64": float64_by_default}
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("around", AROUND)
+def test_a_tape_goes_its_way_whatever_is_set_around_it(
+    seed: int, around: str, amp_dtype: torch.dtype
+) -> None:
+    results = []
+    for tape in (False, True):
+        torch.manual_seed(seed)
+        model, x = fastvae.VAE.mlp(ITEM, (32,), 6), torch.rand(16, *ITEM)
+        with AROUND[around]():
+            step = TrainStep(model, fastvae.ELBOLoss(), amp_dtype=amp_dtype)
+            step.backward.tapes = step.backward.tapes if tape else None
+            for _ in range(3):
+                step(x)
+        results.append(step.weights.flat.detach())
     assert torch.equal(*results)
 
 

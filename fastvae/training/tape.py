@@ -46,7 +46,8 @@ class Tape:
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """The outputs for new inputs and for what the weights and buffers are now."""
-        return self._replay(*inputs, *self._constants)
+        with torch._C._DisableAutocast():  # which has cast what was recorded
+            return self._replay(*inputs, *self._constants)
 
 
 def record(function: Callable[..., tuple[Any, ...]], *inputs: Tensor) -> tuple[tuple[Any, ...], Tape | None]:

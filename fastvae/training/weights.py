@@ -53,7 +53,8 @@ class FlatWeights:
         self._frozen = {name: p for name, p in own.items() if not p.requires_grad}
         self.names, self._parameters = list(named), list(named.values())
         device = self._parameters[0].device if self._parameters else None
-        self.flat = nn.Parameter(torch.zeros(sum(map(_padded, self._parameters)), device=device))
+        n = sum(map(_padded, self._parameters))
+        self.flat = nn.Parameter(torch.zeros(n, dtype=torch.float32, device=device))
         self.offsets = [0, *itertools.accumulate(map(_padded, self._parameters))][:-1]
         for parameter, view in zip(self._parameters, self._views(self.flat.detach()), strict=True):
             view.copy_(parameter.detach())
