@@ -261,6 +261,16 @@ def test_what_is_frozen_meanwhile_stays(seed: int, tape: bool, dtype: torch.dtyp
             assert torch.equal(p, before[name]) == (frozen and name.startswith("encoder")), name
 
 
+def test_weights_written_between_epochs_are_taken_up(seed: int) -> None:
+    torch.manual_seed(seed)
+    step = TrainStep(fastvae.VAE.mlp(ITEM, (8,), 3), fastvae.ELBOLoss(), amp_dtype=torch.bfloat16)
+    with torch.no_grad():
+        step.model.decoder.layers[0].weight.fill_(3)
+    step.reset()
+    assert step.weights.copies is not None
+    assert torch.equal(step.weights.copies, step.weights.flat.bfloat16())
+
+
 def test_what_was_frozen_at_first_cannot_be_trained_later() -> None:
     model = fastvae.VAE.mlp(ITEM, (8,), 3)
     model.encoder.requires_grad_(False)

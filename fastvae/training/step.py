@@ -291,8 +291,12 @@ class TrainStep:
         self.steps = int(tensors["steps"])
 
     def reset(self) -> None:
-        """Begin an epoch: new averages, and new tapes or graphs of a model that its owner has changed."""
+        """Begin an epoch: new averages, and new tapes or graphs of a model that its owner has changed.
+
+        Weights that a callback has written are taken up, too.
+        """
         self._buffers.refresh()
+        self.weights.refresh_copies()
         self.backward.reset()
         if self.graphs is not None:
             self.graphs.reset(self._why_not_captured())
