@@ -585,6 +585,13 @@ def test_all_options_through_the_trainer(data, tmp_path):
     assert trainer.config.replace(out=None) == TrainConfig.from_toml(tmp_path / "run" / "train.toml")
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_training_where_there_are_no_gradients(mode) -> None:
+    trainer = fastvae.Trainer(VAE.mlp((12,), (8,), 2), [torch.rand(5, 12)], config=TrainConfig(epochs=1))
+    with mode(), pytest.raises(RuntimeError, match="expected gradients to be enabled"):
+        trainer.fit()
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
 def test_memory_is_kept_from_step_to_step() -> None:
     """Without that each of the ten steps would fetch the pages of its activations, 30 MB and more."""

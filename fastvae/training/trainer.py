@@ -158,7 +158,12 @@ class Trainer:
             CheckpointError: there is no checkpoint to resume from, or it is of another training.
             OSError: writing failed, as where the disk is full. Earlier checkpoints stay.
             RankError: another rank has failed or is gone.
+            RuntimeError: called where torch makes no gradients.
         """
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "fit: called under no_grad or inference_mode, expected gradients to be enabled"
+            )
         with self.ranks.together():
             result = None
             try:
