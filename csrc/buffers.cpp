@@ -49,6 +49,6 @@ void MemoryPool::give(std::unique_ptr<Memory> memory) {
 }
 
 Buffer::Buffer(std::shared_ptr<MemoryPool> pool, std::size_t bytes)
-    : pool_(std::move(pool)), bytes_(bytes), memory_(pool_->take(bytes)) {}
+    : pool_(std::move(pool)), memory_(pool_->take(bytes)) {}
 
 }  // namespace fastvae

@@ -47,11 +47,9 @@ public:
     Buffer& operator=(const Buffer&) = delete;
 
     void* data() const { return memory_->data(); }
-    std::size_t size() const { return bytes_; }
 
 private:
     std::shared_ptr<MemoryPool> pool_;
-    std::size_t bytes_;
     std::unique_ptr<Memory> memory_;
 };
 

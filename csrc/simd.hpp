@@ -118,7 +118,9 @@ template <class R>
 inline double sum_lanes(const Vec<R>& v) {
     double lanes[Lanes<R>::count];
     for (int i = 0; i < Lanes<R>::count; ++i) lanes[i] = static_cast<double>(v[i]);
+#pragma GCC unroll 4
     for (int half = Lanes<R>::count / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     return lanes[0];
 }

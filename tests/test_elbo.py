@@ -11,6 +11,7 @@ import torch
 from accuracy import assert_accurate, by_hand
 from timing import memory_peak
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 import fastvae
 from fastvae import _native
@@ -539,15 +540,19 @@ def test_large_gradients_lie_in_memory_that_is_kept() -> None:
 
 def test_memory_pool() -> None:
     pool = _native.MemoryPool()
-    a = memoryview(pool.take(5 << 20))
-    a[-1] = 7
-    assert a.nbytes == 5 << 20
-    assert not a.readonly
+
+    def lent(*shape: int) -> Tensor:
+        return from_dlpack(pool.lend(shape, 2, 32))
+
+    a = lent(5, 512, 512)
+    assert (a.shape, a.dtype, a.is_contiguous()) == ((5, 512, 512), torch.float32, True)
+    a[-1, -1, -1] = 7
     del a
-    b = memoryview(pool.take(6 << 20))  # three huge pages, as before
-    assert b[(5 << 20) - 1] == 7
+    pool.lend((6, 1 << 18), 2, 32)  # which nobody takes: it returns as well
+    b = lent(6, 1 << 18)  # three huge pages, as before
+    assert b[4, -1] == 7
     del b
-    assert memoryview(pool.take(1 << 20)).nbytes == 1 << 20
+    assert lent(1 << 18).shape == (1 << 18,)
 
 
 def test_memory_is_one_gradient_and_only_where_it_is_needed() -> None:

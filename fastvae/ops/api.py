@@ -205,7 +205,7 @@ def _prepare(
             raise ValueError(f"beta: got shape {shape} with capacity, expected one value")
         beta, added = totals.signed_beta(inputs, spec, extents, capacity, process_group, impl)
         inputs = inputs._replace(beta=beta)
-    return _Call(inputs._replace(log_scale=scale), spec, extents, added)
+    return _Call(Inputs(*inputs[:7], scale), spec, extents, added)
 
 
 def sample_and_kl(

@@ -14,12 +14,12 @@ from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents, kernels: ModuleType) -> Forward:
     """Run the stages of `spec` on `kernels` (ops.native or ops.triton), differentiably."""
-    if torch.compiler.is_compiling():
-        return library.fused_elbo(inputs, spec, extents)
-    if library.is_watched():  # the ops have no gradient with respect to x, weight and beta
+    if library.is_watched():
+        # the ops have no gradient with respect to x, weight and beta
         others = (inputs.x, inputs.weight, inputs.beta)
         plain = any(isinstance(t, Tensor) and t.requires_grad for t in others)
-        return (reference.forward if plain else library.fused_elbo)(inputs, spec, extents)
+        is_seen = torch.compiler.is_compiling() or not plain
+        return (library.fused_elbo if is_seen else reference.forward)(inputs, spec, extents)
     if not (torch.is_grad_enabled() and _requires_grad(inputs)):
         result: Forward = kernels.forward(inputs, spec, extents)
         return result
@@ -29,7 +29,10 @@ def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents, kernels: ModuleType
 
 
 def _requires_grad(inputs: Inputs) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    for value in inputs:  # noqa: SIM110 -- a generator takes longer than the test
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
 
 
 class _FusedELBO(torch.autograd.Function):

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import library, native, reference
 from .autograd import fused_elbo
 from .checks import check_choice
 from .types import Extents, Forward, Impl, Inputs, Needs, Spec
@@ -103,8 +103,6 @@ def _kernels(impl: Impl, inputs: Inputs, spec: Spec) -> ModuleType:
             'impl="auto", which takes plain torch there'
         )
     if device.type == "cpu" and (impl == "auto" or impl == "native"):
-        from . import native
-
         if native.supports(spec):
             return native
         if impl == "auto":

@@ -17,6 +17,8 @@ Impl = Literal["auto", "reference", "native", "triton"]
 LIKELIHOODS: tuple[Likelihood, ...] = ("mse", "gaussian", "bernoulli", "laplace")
 REDUCTIONS: tuple[Reduction, ...] = ("none", "sum", "mean", "batchmean")
 
+_CONSTANTS = {"gaussian": 0.5 * math.log(2 * math.pi), "laplace": math.log(2)}
+
 
 class ELBOTerms(NamedTuple):
     """The negative ELBO and its two terms, in nats; scalars, or [B] under reduction "none".
@@ -75,8 +77,7 @@ class Spec:
     @property
     def constant(self) -> float:
         """What -log p(x | z) has for each element whatever the inputs are, in nats; 0 without `full`."""
-        constants = {"gaussian": 0.5 * math.log(2 * math.pi), "laplace": math.log(2)}
-        return constants.get(self.likelihood or "", 0.0) if self.full else 0.0
+        return _CONSTANTS.get(self.likelihood or "", 0.0) if self.full else 0.0
 
     def scale_shape(self, extents: Extents) -> tuple[int, ...]:
         """log_scale's shape beside x_hat as [K, B, D]."""
@@ -107,8 +108,10 @@ def _scale(reduction: Reduction, batch: int, elements: int) -> float:
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of arithmetic, accumulation and loss: float64 if any input is float64, else float32."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 class Inputs(NamedTuple):
