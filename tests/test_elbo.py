@@ -520,6 +520,19 @@ def test_module_matches_function_and_learns_its_variance() -> None:
     assert "likelihood='gaussian'" in repr(loss)
 
 
+def test_torch_may_have_another_default_device() -> None:
+    tensors = [t.requires_grad_() for t in inputs(8, 6, 2, torch.float32)]
+    expected = fastvae.elbo(*tensors, reduction="none").loss
+    with torch.device("meta"):
+        per_sample = fastvae.elbo(*tensors, reduction="none").loss
+        mean = fastvae.elbo(*tensors).loss
+        z, kl = fastvae.sample_and_kl(*tensors[2:], seed=1)
+        gradients = torch.autograd.grad(mean + z.sum() + kl.sum(), tensors)
+    assert torch.equal(per_sample, expected)
+    torch.testing.assert_close(mean, expected.mean())
+    assert {t.device.type for t in (z, kl, *gradients)} == {"cpu"}
+
+
 def test_large_gradients_lie_in_memory_that_is_kept() -> None:
     """The next gradient of this size takes the memory of the last one, and never that of one in use."""
     x_hat, x, mu, logvar = inputs(16, 50_000, 2, torch.float32)

@@ -25,7 +25,7 @@ def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents, kernels: ModuleType
         return result
     *tensors, seed = inputs
     outputs = _FusedELBO.apply(*tensors, (seed, spec, extents, kernels))  # type: ignore[no-untyped-call]
-    return Forward._make(outputs)
+    return Forward(outputs) if isinstance(outputs, Tensor) else Forward(*outputs)
 
 
 def _requires_grad(inputs: Inputs) -> bool:
@@ -48,7 +48,7 @@ class _FusedELBO(torch.autograd.Function):
         beta: float | Tensor,
         log_scale: float | Tensor,
         call: tuple[Any, Spec, Extents, ModuleType],
-    ) -> Forward:
+    ) -> Forward | Tensor | None:
         seed, spec, extents, kernels = ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.numbers = beta, log_scale
@@ -67,16 +67,16 @@ class _FusedELBO(torch.autograd.Function):
             result, ctx.ready = kernels.forward_and_gradients(inputs, spec, extents, ctx.needs)
         else:
             result = kernels.forward(inputs, spec, extents)
-        return result
+        return result if spec.terms or spec.sample else result.loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.needs_reference or torch.is_grad_enabled():
-            return _reference_backward(ctx, upstream)
+            return _reference_backward(ctx, Forward(*upstream))
         g = _take_ready(ctx, upstream)
         if g is None:
             _, spec, extents, kernels = ctx.call
-            g = kernels.backward(_inputs(ctx), spec, extents, Forward._make(upstream), ctx.needs)
+            g = kernels.backward(_inputs(ctx), spec, extents, Forward(*upstream), ctx.needs)
         return g[0], None, g[1], g[2], g[3], None, None, g[4], None
 
 
@@ -97,8 +97,8 @@ def _take_ready(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Gradients | No
     A second backward makes them anew: a caller may have changed in place what it was given.
     """
     ready: Gradients | None = ctx.ready
-    g_loss, g_recon, g_kl = upstream[:3]
-    if ready is None or g_loss is None or g_recon is not None or g_kl is not None:
+    g_loss, *others = upstream
+    if ready is None or g_loss is None or any(g is not None for g in others):
         return None
     ctx.ready = None
     scale = g_loss.item()
@@ -112,7 +112,7 @@ def _take_ready(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Gradients | No
     return ready
 
 
-def _reference_backward(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _reference_backward(ctx: Any, upstream: Forward) -> tuple[Tensor | None, ...]:
     """All gradients by the reference's formula: differentiable again, and with respect to every input."""
     create_graph = torch.is_grad_enabled()
     _, spec, extents, _ = ctx.call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ _LIKELIHOOD_CODES = {None: 0, "mse": 1, "gaussian": 2, "bernoulli": 3}
 # Outputs of this many bytes lie in memory that is kept from call to call; smaller ones malloc keeps itself.
 _POOLED = 2 << 20
 _pool = _native.MemoryPool()
+_CPU = torch.device("cpu")  # which need not be torch's default
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.float64)}
 _DLPACK_TYPES = {  # code and bits
     torch.float32: (2, 32),
     torch.float64: (2, 64),
@@ -153,17 +155,16 @@ class _Call:
 
     def outputs(self) -> Forward:
         """Uninitialised results of the stages that run."""
-        samples, batch, _, _ = self.extents
+        samples = self.extents.samples
         mu = self.inputs.mu
         loss = recon = kl = z = kl_rows = None
         if self.spec.likelihood:
-            shape = (batch,) if self.spec.per_sample else ()
-            loss = torch.empty(shape, dtype=self.dtype)
+            loss = self._rows() if self.spec.per_sample else torch.empty_like(_SCALARS[self.dtype])
             if self.spec.terms:
                 recon, kl = torch.empty_like(loss), torch.empty_like(loss)
         if self.spec.sample and mu is not None:
-            z = torch.empty(mu.shape if samples == 1 else (samples, *mu.shape), dtype=mu.dtype)
-            kl_rows = torch.empty(batch, dtype=self.dtype)
+            z = mu.new_empty(mu.shape if samples == 1 else (samples, *mu.shape))
+            kl_rows = self._rows()
         return Forward(loss, recon, kl, z, kl_rows)
 
     def gradients(self, needs: Needs) -> Gradients:
@@ -174,9 +175,12 @@ class _Call:
             _empty_like(inputs.x_hat) if x_hat else None,
             _empty_like(inputs.mu) if mu else None,
             _empty_like(inputs.logvar) if logvar else None,
-            torch.empty(self.extents.batch, dtype=self.dtype) if kl else None,
+            self._rows() if kl else None,
             torch.empty_like(inputs.log_scale, dtype=self.dtype) if log_scale else None,  # type: ignore[arg-type]
         )
+
+    def _rows(self) -> Tensor:
+        return _empty((self.extents.batch,), self.dtype, False)
 
     def run(self, values: Forward, upstream: Forward | None, gradients: Gradients) -> None:
         _native.elbo(*self.arguments(values, upstream, gradients))
@@ -258,9 +262,9 @@ def _empty_like(tensor: Any) -> Tensor:
     return _empty(tensor.shape, tensor.dtype, tensor.nbytes >= _POOLED)
 
 
-def _empty(shape: torch.Size, dtype: torch.dtype, is_pooled: bool) -> Tensor:
+def _empty(shape: Sequence[int], dtype: torch.dtype, is_pooled: bool) -> Tensor:
     """An uninitialised contiguous tensor, in pooled memory or in its own."""
     if not is_pooled:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=_CPU)
     made: Tensor = from_dlpack(_pool.lend(shape, *_DLPACK_TYPES[dtype]))
     return made

@@ -14,4 +14,4 @@ def keep_pages() -> None:
     what is free at the end of its heap beyond twice that (mallopt(3), M_MMAP_THRESHOLD). The pages of
     convolutions may take as long as their arithmetic.
     """
-    torch.empty(_BYTES, dtype=torch.uint8)
+    torch.empty(_BYTES, dtype=torch.uint8, device="cpu")
