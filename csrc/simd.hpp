@@ -113,16 +113,23 @@ inline Vec<R> lane_index() {
     return v;
 }
 
+template <int n>
+inline double sum_halves(const double* x) {
+    if constexpr (n == 1) {
+        return x[0];
+    } else {
+        double sums[n / 2];
+        for (int i = 0; i < n / 2; ++i) sums[i] = x[i] + x[i + n / 2];
+        return sum_halves<n / 2>(sums);
+    }
+}
+
 // Sum of the lanes in a fixed order: halves onto halves, since one after another each would wait for the last.
 template <class R>
 inline double sum_lanes(const Vec<R>& v) {
     double lanes[Lanes<R>::count];
     for (int i = 0; i < Lanes<R>::count; ++i) lanes[i] = static_cast<double>(v[i]);
-#pragma GCC unroll 4
-    for (int half = Lanes<R>::count / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+    return sum_halves<Lanes<R>::count>(lanes);
 }
 
 // exp by Cody and Waite's reduction and the Cephes polynomial: about one unit in the last place, inf above
