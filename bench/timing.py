@@ -27,6 +27,7 @@ def interleaved(
     A turn is one call, or as many as take `turn_seconds`: all have the same time to find the caches as they
     leave them. Every callable runs before, untimed, so that buffers and lazy things are there, and each turn
     begins after a pause: the OpenMP threads of the one before spin on for milliseconds after their last work.
+    A turn of many calls has one more before, untimed too, which wakes the processors that slept in the pause.
     """
 
     def calls_within(call: Callable[[], object]) -> int:
@@ -41,6 +42,9 @@ def interleaved(
 
     def turn(call: Callable[[], object], calls: int) -> float:
         time.sleep(SETTLE_SECONDS)
+        if calls > 1:
+            call()
+            synchronize()
         start = time.perf_counter()
         for _ in range(calls):
             call()
