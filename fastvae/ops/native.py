@@ -23,7 +23,7 @@ DTYPE_CODES = {
     torch.float16: 3,
     torch.uint8: 4,
 }
-_ONE_THREAD_BELOW = 1 << 17  # elements; waking a second thread costs more than it saves
+_ONE_THREAD_BELOW = 1 << 16  # elements; waking a second thread costs more than it saves
 _ONE_THREAD_BELOW_AWAKE = 1 << 14  # between products, whose threads have not gone to sleep
 
 _LIKELIHOOD_CODES = {None: 0, "mse": 1, "gaussian": 2, "bernoulli": 3}
