@@ -91,7 +91,7 @@ class _Recorder(TorchDispatchMode):
         self._can_replay = True
         for i, tensor in enumerate(inputs):
             self._add(tensor, self._graph.placeholder(f"input_{i}"))
-        self._last_placeholder = next(reversed(self._graph.nodes))
+        self._last_placeholder = next(iter(reversed(self._graph.nodes)))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
