@@ -276,8 +276,11 @@ def _losses(test: ELBOTerms | None, result: TrainResult) -> dict[str, float | No
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("fastvae", "torch", "triton"):
+    import torch
+
+    # which says for what it was built, as its package does not always
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("fastvae", "triton"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
