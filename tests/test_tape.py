@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -223,25 +223,37 @@ def float64_by_default() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+class OwnWeight(nn.Module):
+    """With a weight that no layer has, so that autocast casts it itself."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n, n) / n**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+OwnWeight.__module__ = "fastvae.models"
 AROUND = {"autocast": partial(torch.autocast, "cpu", torch.bfloat16), "float64": float64_by_default}
 
 
-@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"amp_dtype": torch.bfloat16}, {"accumulate": 2}], ids=str)
 @pytest.mark.parametrize("around", AROUND)
-def test_a_tape_goes_its_way_whatever_is_set_around_it(
-    seed: int, around: str, amp_dtype: torch.dtype
-) -> None:
+def test_a_step_goes_its_way_whatever_is_set_around_it(seed: int, around: str, options: dict) -> None:
     results = []
-    for tape in (False, True):
+    for setting, tape in ((nullcontext, False), (AROUND[around], False), (AROUND[around], True)):
         torch.manual_seed(seed)
         model, x = fastvae.VAE.mlp(ITEM, (32,), 6), torch.rand(16, *ITEM)
-        with AROUND[around]():
-            step = TrainStep(model, fastvae.ELBOLoss(), amp_dtype=amp_dtype)
+        model.decoder = nn.Sequential(OwnWeight(6), model.decoder)
+        with setting():
+            step = TrainStep(model, fastvae.ELBOLoss(), **options)
             step.backward.tapes = step.backward.tapes if tape else None
             for _ in range(3):
                 step(x)
         results.append(step.weights.flat.detach())
-    assert torch.equal(*results)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

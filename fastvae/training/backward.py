@@ -62,6 +62,7 @@ class Backward:
         self._backward = backward
         device = weights.flat.device.type
         self._autocast = torch.autocast(device, amp_dtype, enabled=amp_dtype != torch.float32)
+        self._no_autocast = torch.autocast(device, enabled=False)  # but the step's own, whatever is around it
         learns_beta = isinstance(loss.beta, Tensor) and loss.beta.requires_grad  # by the reference's formula
         as_written = accumulate > 1 or checkpoint_activations or extra is not None or learns_beta
         self._records = records and not as_written
@@ -77,14 +78,14 @@ class Backward:
             return self._by_parts(x, share)
         kind = x.shape, x.stride(), x.dtype, share
         if self.tapes is None or (kind not in self.tapes and len(self.tapes) == MOST_TAPES):
-            with self.weights.lent():
+            with self.weights.lent(), self._no_autocast:
                 terms = self.terms(x, share)
                 self._backward(terms.loss)
             return terms
         if kind in self.tapes:
             outputs = self.tapes[kind](x)
         else:
-            with self.weights.lent():
+            with self.weights.lent(), self._no_autocast:
                 outputs, tape = record(partial(self._terms_and_gradients, share=share), x)
             if tape is None:
                 self.tapes = None
@@ -100,7 +101,7 @@ class Backward:
         seed = random_bits(x.device)
         summed = torch.zeros(len(ELBOTerms._fields), device=x.device)
         first = share.first
-        with self.weights.lent():
+        with self.weights.lent(), self._no_autocast:
             for part in x.chunk(self.accumulate):
                 terms = self.terms(part, Share(first, len(part), share.batch), seed)
                 self._backward(terms.loss)
@@ -123,6 +124,7 @@ class Backward:
         seed: of the batch's noise.
         """
         with self._autocast:
+            torch.clear_autocast_cache()  # which an autocast around would keep, with casts of earlier weights
             mu, logvar = self._run(self.model.encode, x)
             logvar = clamp_logvar(logvar, self.loss.spec)
             z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=share.first)
