@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastvae import VAE, DataLoader, load
+from fastvae import VAE, DataLoader, _native, load
 from fastvae.cli import main
 from fastvae.inference.evaluate import evaluate, negative_elbo
 from fastvae.inference.generate import reconstruct, sample
@@ -279,6 +279,12 @@ def _lazy():
     return net
 
 
+def _sparse():
+    net = Net()
+    net.classes = nn.Embedding(5, 3, sparse=True)
+    return net
+
+
 WRONG = {
     "nothing": (lambda: nn.Linear(1, 1), "got Linear without encode and decode, expected an nn.Module with"),
     "no decode": (lambda: _with(decode=None), "got Other without decode"),
@@ -286,6 +292,7 @@ WRONG = {
     "frozen": (_frozen, "got Net with nothing to train"),
     "lazy": (_lazy, "got Net with lazy parameters; encode and decode one batch with it first"),
     "double": (lambda: Net().double(), "got Net with parameters of torch.float64, expected torch.float32"),
+    "sparse": (_sparse, "got Net with sparse gradients of classes, expected sparse=False there"),
     "likelihood": (lambda: _with(likelihood="poisson"), "got likelihood 'poisson', expected one of mse,"),
     "one tensor": (
         lambda: _with(encode=lambda self, x: self.encoder(x)),
@@ -325,6 +332,24 @@ def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_written(ca
         _fit(make(), data, out=str(tmp_path))
     assert str(error.value).startswith(f"model: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not _native.bf16_supported(), reason="needs a CPU that multiplies bf16")
+def test_a_model_that_cannot_be_trained_with_amp_is_refused_before_anything_is_written(data, tmp_path):
+    class Squared(Net):
+        def __init__(self):
+            super().__init__()
+            self.bilinear = nn.Bilinear(6, 6, 6)  # which autocast does not know
+
+        def encode(self, x):
+            h = self.encoder(x)
+            return self.bilinear(h, h).chunk(2, dim=1)
+
+    message = r"model: got RuntimeError of Squared with amp, in bfloat16, and none without: .* without amp"
+    with pytest.raises(ModelError, match=message):
+        _fit(Squared(), data, amp=True, out=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    _fit(Squared(), data, epochs=1)
 
 
 def test_evaluate_takes_frozen_models(data):

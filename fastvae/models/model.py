@@ -48,7 +48,7 @@ def as_model(module: nn.Module) -> Model:
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Raise ModelError unless there is something to train, in float32."""
+    """Raise ModelError unless there is something to train, in float32 and with dense gradients."""
     name = type(model).__name__
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -60,6 +60,11 @@ def check_parameters(model: nn.Module) -> None:
     others = {p.dtype for p in trained} - {torch.float32}
     if others:
         raise ModelError(f"model: got {name} with parameters of {others.pop()}, expected torch.float32")
+    for layer, module in model.named_modules():
+        is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if is_embedding and module.sparse and module.weight.requires_grad:
+            got = f"{name} with sparse gradients of {layer}"
+            raise ModelError(f"model: got {got}, expected sparse=False there")
 
 
 def check_batch(model: Model, x: Tensor) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..loss import ELBOLoss
 from ..models import Model
+from ..models.model import ModelError, check_batch
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.library import random_bits
 from ..ops.reference import clamp_logvar
@@ -95,6 +96,24 @@ class Backward:
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
             leaf.grad = gradient
         return ELBOTerms(loss, recon, kl)
+
+    def check(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of a latent, as of `check_batch`, of a model that takes x in the step's precision too."""
+        latent_shape = check_batch(self.model, x)
+        if self.weights.copies is None:
+            return latent_shape
+        try:
+            with self.weights.lent(), self._autocast:
+                check_batch(self.model, x)
+        except Exception as error:
+            dtype = str(self.weights.copies.dtype).removeprefix("torch.")
+            got = f"{type(error).__name__} of {type(self.model).__name__} with amp, in {dtype}, and none without"
+            what = str(error).partition("\n")[0]
+            raise ModelError(
+                f"model: got {got}: {what}; train without amp, or compute that part from x.float() under "
+                f"torch.autocast({x.device.type!r}, enabled=False)"
+            ) from error
+        return latent_shape
 
     def _by_parts(self, x: Tensor, share: Share) -> ELBOTerms:
         """`__call__` with the activations of one part of x at a time."""

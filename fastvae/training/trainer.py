@@ -18,7 +18,7 @@ from ..data import DataLoader
 from ..inference.evaluate import negative_elbo
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
-from ..models.model import check_batch, check_parameters
+from ..models.model import check_parameters
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
 from .checkpoint import checkpoint_path, checkpoints, load_newest_checkpoint
@@ -189,7 +189,7 @@ class Trainer:
         progress = Progress()
         if self.resume:
             progress, best_weights = self._restore(step)
-        config_of_model = self._check_first_batch(progress)
+        config_of_model = self._check_first_batch(step, progress)
         keeper = RunKeeper(self.folder if self.ranks.is_first else None, config)
         try:
             stopping = nullcontext() if self.folder is None else StopSignal()
@@ -308,7 +308,7 @@ class Trainer:
         step.averages()  # waits for the device
         progress.epoch_seconds = earlier + time.perf_counter() - began
 
-    def _check_first_batch(self, progress: Progress) -> dict[str, Any] | None:
+    def _check_first_batch(self, step: TrainStep, progress: Progress) -> dict[str, Any] | None:
         """Raise ModelError unless the model takes the next batch; its config, None where there is no batch.
 
         The batch is not lost, for other loaders than ours may draw at random.
@@ -324,7 +324,7 @@ class Trainer:
         self._started = chain(first, shares)
         for x, share in first:
             if share.rows > 0:
-                return describe(self.model, x.shape[1:], check_batch(self.model, x))
+                return describe(self.model, x.shape[1:], step.backward.check(x))
         return None
 
     def _metrics(self, step: TrainStep, progress: Progress, gpu: Figures) -> Figures:
