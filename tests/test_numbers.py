@@ -283,7 +283,8 @@ def _fit(data: np.ndarray, loader=DataLoader, resume: bool = False, **options) -
 def test_a_run_stops_with_step_term_and_checkpoint(tmp_path) -> None:
     message = (
         r"step 7, in epoch 1, was not applied: the reconstruction term is (inf|nan).*; the last good "
-        r"checkpoint is .*step-0000000006\.safetensors; try a lower --lr than 0\.001, or --non-finite skip"
+        r"checkpoint is .*step-0000000006\.safetensors; scale x, whose largest absolute value is 1e\+30, "
+        r"or --non-finite skip"
     )
     with pytest.raises(TrainingError, match=message):
         _fit(_data(7), _batches, out=str(tmp_path), checkpoint_steps=3)
@@ -298,7 +299,8 @@ def test_a_run_stops_with_step_term_and_checkpoint(tmp_path) -> None:
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_weights_that_explode_are_never_kept(amp, tmp_path) -> None:
-    with pytest.raises(TrainingError, match=r"step \d, in epoch 1, .*no checkpoint yet; .*lower --lr"):
+    message = r"step \d, in epoch 1, .*no checkpoint yet; try a lower --lr than 1e\+30, or --non-finite skip$"
+    with pytest.raises(TrainingError, match=message):
         _fit(_data(), lr=1e30, amp=amp, out=str(tmp_path), checkpoint_steps=10)
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -313,16 +315,28 @@ def test_a_loss_learns_contiguous_float32_only(log_variance: torch.Tensor) -> No
         TrainStep(VAE.mlp((12,), (8,), 2), loss)
 
 
-def test_x_that_is_not_finite_is_said_to_be(seed: int) -> None:
-    """As of a loader that is not ours, which refuses it."""
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        (np.nan, "look at x, which itself is not finite"),
+        (1e30, r"scale x, whose largest absolute value is 1e\+30"),
+    ],
+)
+def test_what_no_lower_learning_rate_would_help_is_not_to_be_met_by_one(value, remedy) -> None:
+    """As of a loader that is not ours, which refuses a NaN."""
     data = _data()
-    data[100, 3] = np.nan
+    data[100, 3] = value
     bad, good = _batches(data, 15), _batches(_data(), 15)
     config = TrainConfig(epochs=1, device="cpu")
-    with pytest.raises(TrainingError, match=r"step 7, .* the KL term is nan, for x itself is not finite;"):
+    with pytest.raises(TrainingError, match=rf"step 7, .*; {remedy}, or --non-finite skip$"):
         Trainer(VAE.mlp((12,), (8,), 2), bad, config=config).fit()
-    with pytest.raises(TrainingError, match=r"KL nan, for x itself is not finite in batch 6;"):
+    with pytest.raises(TrainingError, match=rf"after epoch 1: .*; {remedy}, in batch 6$"):
         Trainer(VAE.mlp((12,), (8,), 2), good, bad, config=config).fit()
+
+
+def test_a_loss_of_the_first_weights_is_not_for_the_learning_rate() -> None:
+    with pytest.raises(TrainingError, match=r"step 1, .*; scale x, .*, or begin with other weights, or"):
+        _fit(_data() * 1e5)
 
 
 def test_a_validation_loss_that_is_not_finite() -> None:

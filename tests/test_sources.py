@@ -220,7 +220,7 @@ def test_nan_and_inf_are_found(tmp_path: Path, dtype: type, monkeypatch: pytest.
 
 def test_finite_is_meant_in_float32() -> None:
     assert source_from_arrays(np.full((2, 2), 3e38)).n_samples == 2
-    with pytest.raises(DataError, match=r"1 values are NaN or infinite, the first inf at \[1, 0\]"):
+    with pytest.raises(DataError, match=r"1 value is NaN or infinite, the first inf at \[1, 0\]"):
         source_from_arrays(np.array([[1.0], [1e300]]))
 
 

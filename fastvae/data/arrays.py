@@ -173,7 +173,8 @@ def _check_finite(x: Array, name: str) -> None:
             first = f"the first {value} at {[start + int(bad[0][0]), *map(int, bad[0][1:])]}"
         count += len(bad)
     if count:
-        raise DataError(f"{name}: {count} values are NaN or infinite, {first}; expected finite float32")
+        values = "1 value is" if count == 1 else f"{count} values are"
+        raise DataError(f"{name}: {values} NaN or infinite, {first}; expected finite float32")
 
 
 def labels_of(y: Array, n_samples: int, name: str) -> npt.NDArray[np.int64]:

@@ -106,8 +106,8 @@ class Backward:
             with self.weights.lent(), self._autocast:
                 check_batch(self.model, x)
         except Exception as error:
-            dtype = str(self.weights.copies.dtype).removeprefix("torch.")
-            got = f"{type(error).__name__} of {type(self.model).__name__} with amp, in {dtype}, and none without"
+            name, dtype = type(self.model).__name__, str(self.weights.copies.dtype).removeprefix("torch.")
+            got = f"{type(error).__name__} of {name} with amp, in {dtype}, and none without"
             what = str(error).partition("\n")[0]
             raise ModelError(
                 f"model: got {got}: {what}; train without amp, or compute that part from x.float() under "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _TERMS = ("reconstruction term", "KL term")
+_LARGE = 1e6  # absolute values of x beyond it want another scale, whatever the learning rate
 
 
 class Finding(NamedTuple):
@@ -25,12 +26,30 @@ class Finding(NamedTuple):
 
 
 class NonFiniteError(ArithmeticError):
-    """A step that was not applied ends the training. step: its number, from 1. what: was not finite."""
+    """A step that was not applied ends the training.
+
+    step: its number, from 1. what: was not finite. remedy: what to do other than to learn more slowly.
+    """
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"step {step}: {what}")
         self.step = step
         self.what = what
+        self.remedy: str | None = None
+
+
+def remedy_for(x: Tensor, with_first_weights: bool = False) -> str | None:
+    """What to do about a loss of x that is not finite, where no lower learning rate would help; else None.
+
+    with_first_weights: of a model that was not trained yet.
+    """
+    largest = x.abs().max().item() if x.numel() else 0.0
+    if not math.isfinite(largest):
+        return "look at x, which itself is not finite"
+    scale = f"scale x, whose largest absolute value is {largest:g}"
+    if largest > _LARGE:
+        return scale
+    return f"{scale}, or begin with other weights" if with_first_weights else None
 
 
 class SkippedSteps:

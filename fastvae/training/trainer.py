@@ -29,7 +29,7 @@ from .distributed import REPORT, Share, check_devices, join
 from .images import Images
 from .keeper import Row, RunKeeper
 from .launch import open_run
-from .numbers import NonFiniteError
+from .numbers import NonFiniteError, remedy_for
 from .result import TrainingError, TrainResult
 from .shares import Batches, shares_of_epoch
 from .signals import SIGNALS, StopSignal, TrainingStopped
@@ -291,9 +291,8 @@ class Trainer:
             try:
                 step(x, share)
             except NonFiniteError as error:
-                if x.isfinite().all():
-                    raise
-                raise NonFiniteError(error.step, f"{error.what}, for x itself is not finite") from error
+                error.remedy = remedy_for(x, with_first_weights=step.skipped.total == error.step)
+                raise
             progress.batch = done
             progress.epoch_samples = step.count
             progress.epoch_seconds = earlier + time.perf_counter() - began
@@ -395,7 +394,7 @@ class Trainer:
         skip = "" if self.config.non_finite == "skip" else ", or --non-finite skip"
         return TrainingError(
             f"step {error.step}, in epoch {epoch}, was not applied: {error.what}; {kept}; "
-            f"try a lower --lr than {self.config.lr:g}{skip}"
+            f"{error.remedy or f'try a lower --lr than {self.config.lr:g}'}{skip}"
         )
 
 

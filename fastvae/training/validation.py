@@ -11,6 +11,7 @@ from ..loss import ELBOLoss
 from ..models import Model
 from .config import TrainConfig
 from .distributed import Ranks
+from .numbers import remedy_for
 from .result import TrainingError
 from .shares import Batches
 
@@ -43,14 +44,14 @@ class Validation:
         )
         loss, recon, kl = (float(term) for term in terms)
         if not math.isfinite(loss):
-            what = f"loss {loss}, recon {recon}, KL {kl}"
+            remedy = f"try a lower --lr than {self._config.lr:g}"
             for i, x in enumerate(inputs(self._val, device)):
-                if not x.isfinite().all():
-                    what += f", for x itself is not finite in batch {i}"
+                if its := remedy_for(x):
+                    remedy = f"{its}, in batch {i}"
                     break
             raise TrainingError(
-                f"the validation loss is not finite after epoch {epoch}: {what}; "
-                f"try a lower --lr than {self._config.lr:g}"
+                f"the validation loss is not finite after epoch {epoch}: "
+                f"loss {loss}, recon {recon}, KL {kl}; {remedy}"
             )
         return {
             **dict(zip(_LOSSES, (loss, recon, kl), strict=True)),
