@@ -82,6 +82,12 @@ def test_the_model_ends_with_the_best_weights(data, tmp_path):
     assert last == pytest.approx(result.history[-1]["val_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_in(data, training):
+    trainer, _ = _fit(data, VAE.mlp((16,), (8,), 2).train(training), epochs=1)
+    assert all(module.training == training for module in trainer.model.modules())
+
+
 def test_without_validation_the_last_weights_are_kept(data, tmp_path):
     trainer, result = _fit(data, val=False, out=str(tmp_path))
     assert result.best is result.history[-1]

@@ -148,7 +148,7 @@ class Trainer:
 
         A run that was stopped and resumed ends with the weights of one that was not, bit for bit on the same
         machine with the same number of threads, if `train` is a `fastvae.DataLoader` (of other batches those
-        that were done are read and left out, whatever they are).
+        that were done are read and left out, whatever they are). The model is left in the mode it was in.
 
         Raises:
             ModelError: mu, logvar or x_hat of the first batch have a wrong shape. Nothing is written.
@@ -165,10 +165,11 @@ class Trainer:
                 "fit: called under no_grad or inference_mode, expected gradients to be enabled"
             )
         with self.ranks.together():
-            result = None
+            result, was_training = None, self.model.training
             try:
                 result = self._fit()
             finally:
+                self.model.train(was_training)
                 self._callbacks.on_end(result)
             return result
 
