@@ -152,6 +152,19 @@ def test_batches_of_many_sizes_have_few_tapes(seed: int) -> None:
     assert step.optimizer.steps == MOST_TAPES + 5
 
 
+def test_another_number_of_threads_is_followed() -> None:
+    """After a fork it is to be 1: OpenMP waits for ever for threads that were left behind."""
+    step = TrainStep(fastvae.VAE.mlp(ITEM, (8,), 3), fastvae.ELBOLoss())
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            step(torch.rand(4, *ITEM))
+    finally:
+        torch.set_num_threads(before)
+    assert len(step.backward.tapes or ()) == 2
+
+
 def test_no_tape_of_what_differs_without_autograd() -> None:
     layer = nn.LSTM(3, 4)
 

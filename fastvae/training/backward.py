@@ -34,7 +34,8 @@ class Backward:
     records: whether the operations on a batch may be recorded and replayed; they are where model and loss
         allow it, and nothing of the above asks for them as they are written.
     leaves: the weights as the step uses them, then the parameters of the loss.
-    tapes: of the first batches of MOST_TAPES kinds, by what they looked like; None where nothing is recorded.
+    tapes: of the first batches of MOST_TAPES kinds, by what they looked like and how many threads there were;
+        None where nothing is recorded.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Backward:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.accumulate > 1:
             return self._by_parts(x, share)
-        kind = x.shape, x.stride(), x.dtype, share
+        kind = x.shape, x.stride(), x.dtype, share, torch.get_num_threads()  # of which calls are prepared
         if self.tapes is None or (kind not in self.tapes and len(self.tapes) == MOST_TAPES):
             with self.weights.lent(), self._no_autocast:
                 terms = self.terms(x, share)
