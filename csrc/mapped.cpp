@@ -94,6 +94,26 @@ std::size_t WatchedFile::read(std::size_t offset, std::size_t bytes, std::byte* 
     return done;
 }
 
+void WatchedFile::copy(const std::byte* mapped, std::size_t bytes, std::byte* out) const {
+    struct Copy {
+        const std::byte* from;
+        std::size_t bytes;
+        std::byte* to;
+    } copy{mapped, bytes, out};
+    take_sigbus();
+    const auto move = [](void* argument) {
+        const Copy& given = *static_cast<Copy*>(argument);
+        std::memcpy(given.to, given.from, given.bytes);
+    };
+    const std::byte* const lost = guarded_read(mapped, bytes, move, &copy);
+    const std::string change = this->change();
+    if (!change.empty()) throw DataError(name_ + ": changed while in use: " + change + "; open it again when it is whole");
+    if (lost != nullptr) {
+        throw DataError(name_ + ": byte " + std::to_string(lost - mapped) + " of " + std::to_string(bytes) +
+                        " could not be read from the disk; check it, or copy the file to another");
+    }
+}
+
 std::int64_t WatchedFile::size() const {
     struct stat now {};
     return fstat(descriptor_, &now) == 0 ? now.st_size : 0;

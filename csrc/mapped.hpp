@@ -43,6 +43,8 @@ public:
     // So reads [offset, offset + bytes), in whole pages like `out`, and answers how much of it: less beyond the end, or
     // where the disk fails.
     std::size_t read(std::size_t offset, std::size_t bytes, std::byte* out) const;
+    // Copies bytes of a mapping of it. Throws DataError where it has changed, or its disk fails.
+    void copy(const std::byte* mapped, std::size_t bytes, std::byte* out) const;
 
 private:
     int open_direct() const;

@@ -355,7 +355,7 @@ def test_what_cannot_be_done_is_said_in_a_line(run: Path, look) -> None:
         ("sample", ["--components", 3], "--components: got 3, expected it with --from posterior only"),
         ("sample", ["--latents", "narrow.npy"], "--latents: got narrow.npy of 5 x 3, expected N x 4"),
         ("sample", ["--latents", "integers.npy"], "--latents: got integers.npy of int64"),
-        ("sample", ["--latents", "text.npy"], "--latents: got text.npy, which is no .npy"),
+        ("sample", ["--latents", "text.npy"], "--latents: got text.npy: not a .npy header"),
         (
             "decode",
             ["--latents", "nowhere.npy", "--out", "x.npy"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -212,6 +213,17 @@ def test_watched_is_what_lies_in_a_file(tmp_path: Path) -> None:
         assert mapped.mapped_file(in_memory) is None
 
 
+def test_files_in_shared_memory_are_watched_too() -> None:
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("needs /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = saved(Path(folder), numbered(3000, 50))
+        batches = iter(DataLoader(path, 4))
+        cut(path)
+        with pytest.raises(DataError, match="changed while in use"):
+            list(batches)
+
+
 def test_a_private_mapping_keeps_its_changes(tmp_path: Path) -> None:
     x = np.load(saved(tmp_path, numbered(5000, 1000)), mmap_mode="c")
     x[:] += 1
@@ -296,6 +308,68 @@ def test_a_change_between_opening_and_reading_is_an_error(tmp_path: Path) -> Non
         DataError, match="changed while in use: 1000 bytes, was opened with 3728; rows from 72 on"
     ):
         iter(DataLoader(source, 4))
+
+
+def test_whatever_reads_a_file_that_is_cut_says_so(tmp_path: Path) -> None:
+    """It is cut right before or right after it begins to be watched."""
+    run_python(f"""
+        import os
+        from itertools import product
+        from pathlib import Path
+        import numpy as np
+        import pytest
+        import torch
+        from scipy.sparse import csr_array
+        from fastvae import _native
+        from fastvae.data import DataError, DataLoader, as_source, counts
+        from fastvae.data.pack import pack
+
+        os.chdir({str(tmp_path)!r})
+        WatchedFile = _native.WatchedFile
+
+        class CutBefore(WatchedFile):
+            def __init__(self, path, *options):
+                os.truncate(path, 5000)
+                super().__init__(path, *options)
+
+        class CutAfter(WatchedFile):
+            @property
+            def size(self):
+                size = super().size
+                os.truncate("x.npy", 5000)
+                return size
+
+        def mapped(x):
+            np.save("x.npy", x)
+            return np.load("x.npy", mmap_mode="r")
+
+        x = np.random.default_rng().random((300, 50))
+        counted = csr_array(x)
+        for read, made in {{
+            as_source: [
+                lambda: mapped(x.astype(np.float32)),
+                lambda: mapped(x.astype(np.float16)),
+                lambda: mapped(x.astype(">f4")),
+                lambda: mapped(x > 0.5),
+                lambda: mapped(np.asfortranarray(x)),
+                lambda: mapped(x)[::-2, ::-1],
+                lambda: (x, mapped(np.arange(900))[::3]),
+                lambda: csr_array((mapped(counted.data), counted.indices, counted.indptr)),
+                lambda: csr_array((counted.data, mapped(counted.indices), counted.indptr)),
+            ],
+            counts: [lambda: mapped(np.arange(60000).reshape(6, 10000)), lambda: mapped(x.T.copy()).T],
+            lambda data: pack(data, "y.npy"): [lambda: mapped((x * 255).astype(np.uint8))],
+            lambda data: DataLoader(x, indices=data): [lambda: mapped(np.arange(10000) % 300)],
+        }}.items():
+            for make, watch in product(made, (CutBefore, CutAfter)):
+                data = make()
+                _native.WatchedFile = watch
+                with pytest.raises(DataError, match="x.npy: changed while in use") as caught:
+                    read(data)
+                assert str(caught.value).isprintable()
+                _native.WatchedFile = WatchedFile
+        assert not Path("y.npy").exists()
+    """)
 
 
 def is_cached(path: Path) -> list[bool]:

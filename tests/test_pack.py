@@ -151,6 +151,13 @@ def test_what_cannot_be_packed(photos: Path, tmp_path: Path, arguments: dict[str
     assert left(photos) == []
 
 
+def test_nan_is_refused_where_it_was_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvae.data.arrays._SCAN_BYTES", 8)  # of a mapped file
+    np.save(tmp_path / "x.npy", np.array([[0.5, 1.0], [0.0, np.nan]]))
+    with pytest.raises(DataError, match=r"x\.npy: values from nan to nan in samples 0 to 1, expected"):
+        pack(tmp_path / "x.npy", tmp_path / "p.npy")
+
+
 def test_nothing_is_replaced_unasked(photos: Path, tmp_path: Path) -> None:
     pack(photos, tmp_path / "p.npy")
     before = (tmp_path / "p.npy").read_bytes()

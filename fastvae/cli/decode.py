@@ -14,6 +14,8 @@ from .runs import open_run, track
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..data.arrays import ArraySource
+
 
 def add(commands: Any) -> None:
     """Add `decode` to argparse's subcommands."""
@@ -41,17 +43,17 @@ def run(arguments: argparse.Namespace) -> None:
     check_out(path, ["npy"])
     opened = open_run(arguments)
     z = load_latents(arguments.latents, opened)
-    batches = track(_batches(z, arguments.batch_size), "decoding", -(-len(z) // arguments.batch_size))
-    shape = (len(z), *opened.item_shape)
+    batches = track(_batches(z, arguments.batch_size), "decoding", -(-z.n_samples // arguments.batch_size))
+    shape = (z.n_samples, *opened.item_shape)
     decoded = decode(opened.model, batches, draw_x=arguments.draw_x, seed=opened.seed)
     save_batches(path, shape, decoded)
     what = "draws of p(x|z)" if arguments.draw_x else "means of p(x|z)"
     print(f"{path}: {what} for {arguments.latents}, {shape_of(shape)}")
 
 
-def _batches(z: Any, size: int) -> Iterator[Tensor]:
+def _batches(z: ArraySource, size: int) -> Iterator[Tensor]:
     """Batches of a mapped array, each read when it is asked for."""
     import torch
 
-    for i in range(0, len(z), size):
-        yield torch.from_numpy(z[i : i + size].astype("float32"))
+    for i in range(0, z.n_samples, size):
+        yield torch.from_numpy(z.read(slice(i, i + size)).astype("float32"))

@@ -13,6 +13,7 @@ from ..training.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..data.arrays import ArraySource
     from .runs import Run
 
 
@@ -104,20 +105,22 @@ def save_batches(path: Path, shape: Sequence[int], batches: Iterable[Any]) -> No
             raise ValueError(f"batches: got {rows} rows, expected {shape[0]}")
 
 
-def load_latents(path: str, run: Run) -> Any:
+def load_latents(path: str, run: Run) -> ArraySource:
     """The latents in a .npy, float [N, *latent], mapped and not read. Raises ConfigError."""
-    import numpy as np
+    from ..data import DataError
+    from ..data.arrays import ArraySource
+    from ..data.formats import map_npy
 
+    if not os.path.exists(path):
+        raise ConfigError("latents", f"got {path}, which is not there")
     try:
-        z = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise ConfigError("latents", f"got {path}, which is not there") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError("latents", f"got {path}, which is no .npy of numbers: {error}") from error
+        z = map_npy(Path(path))
+    except DataError as error:
+        raise ConfigError("latents", f"got {error}") from error
     expected = f"N x {shape_of(run.latent_shape)}"
     if z.shape[1:] != run.latent_shape or z.ndim < 2 or len(z) == 0:
         got = shape_of(z.shape)
         raise ConfigError("latents", f"got {path} of {got}, expected {expected}, as {run.folder}")
     if z.dtype.kind != "f":
         raise ConfigError("latents", f"got {path} of {z.dtype}, expected floating point")
-    return z
+    return ArraySource(z, name=path)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from .batching import DTYPES
+from .mapped import in_memory, mapped_file
 from .memory import available_memory
 from .source import DataError, Source
 from .torch_datasets import DatasetSource
@@ -103,4 +104,4 @@ def indices(indices: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.int64]:
     if array.ndim != 1 or array.dtype.kind not in "iu":
         got = f"{array.dtype} of shape {list(array.shape)}"
         raise ValueError(f"indices is {got}, expected integers of shape [M]")
-    return np.array(array, dtype=np.int64)
+    return np.array(in_memory(array, mapped_file(array)), dtype=np.int64)

@@ -15,7 +15,7 @@ import torch
 
 from .. import _native
 from .formats import size_of
-from .mapped import MappedFile, mapped_file, mapped_rows, sequential_blocks
+from .mapped import MappedFile, in_memory, mapped_file, mapped_rows, sequential_blocks
 from .memory import TOO_LARGE, available_memory
 from .source import Array, DataError, Source
 
@@ -81,6 +81,10 @@ class ArraySource(Source):
         loader = _native.Loader(self.rows(), None, None, batch_size=blocks[0], drop_last=False, workers=1)
         yield from loader.start(seed=0, epoch=0, shuffle=False, blocks=blocks, first_batch=0, rank=0, ranks=1)
 
+    def read(self, rows: slice) -> Array:
+        """Rows of x, in memory. Raises DataError where they are of a mapped file that was cut."""
+        return in_memory(self.x[rows], self.file)
+
     def rows(self) -> _native.Rows:
         """The rows of x."""
         rows = _native.DenseRows(self.x, item_shape=self.item_shape, channels_last=self.channels_last)
@@ -113,7 +117,7 @@ def source_from_arrays(
         channels_last = is_channels_last(x.shape)
     source = ArraySource(x, labels, name, channels_last, classes)
     if x.dtype != np.uint8 and (source.in_memory or x.nbytes <= _SCAN_BYTES):
-        _check_finite(x, name)
+        _check_finite(source)
     return source
 
 
@@ -150,27 +154,37 @@ def _usable(x: Array, name: str) -> Array:
     converted = f"{name}: {x.dtype} of shape {list(x.shape)} takes {needed} bytes to convert"
     if needed > available_memory():
         raise DataError(f"{converted}, more than is free; {TOO_LARGE}")
+    file, slowest = mapped_file(x), int(np.argmax(np.abs(x.strides)))  # a piece along another is all over x
     try:
-        if x.dtype == np.bool_:
-            return np.ascontiguousarray(x).view(np.uint8) * np.uint8(255)
-        return np.require(x, dtype, ["C", "A"])
+        usable: Array = np.empty(x.shape, dtype)
+        given, made = np.moveaxis(x, slowest, 0), np.moveaxis(usable, slowest, 0)
+        for rows in pieces(given):
+            piece = in_memory(given[rows], file)
+            made[rows] = piece * np.uint8(255) if x.dtype == np.bool_ else piece
     except MemoryError as error:
         raise DataError(f"{converted}, more than there is; {TOO_LARGE}") from error
+    return usable
 
 
-def _check_finite(x: Array, name: str) -> None:
-    """Raises DataError for what is NaN or infinite in float32, reading x once, a piece at a time."""
+def pieces(x: Array) -> Iterator[slice]:
+    """All rows of x, some at a time."""
     step = max(1, _SCAN_BYTES // max(1, x[0].nbytes))
+    return (slice(first, first + step) for first in range(0, len(x), step))
+
+
+def _check_finite(source: ArraySource) -> None:
+    """Raises DataError for what is NaN or infinite in float32, reading x once, a piece at a time."""
+    x, name = source.x, source.name
     count, first = 0, ""
-    for start in range(0, x.shape[0], step):
+    for rows in pieces(x):
         with np.errstate(invalid="ignore", over="ignore"):
-            piece = x[start : start + step].astype(np.float32, copy=False)
+            piece = source.read(rows).astype(np.float32, copy=False)
             if np.isfinite(np.sum(piece, dtype=np.float64)):
                 continue
         bad = np.argwhere(~np.isfinite(piece))
         if len(bad) and not first:
             value = piece[tuple(bad[0])]
-            first = f"the first {value} at {[start + int(bad[0][0]), *map(int, bad[0][1:])]}"
+            first = f"the first {value} at {[rows.start + int(bad[0][0]), *map(int, bad[0][1:])]}"
         count += len(bad)
     if count:
         values = "1 value is" if count == 1 else f"{count} values are"
@@ -183,6 +197,7 @@ def labels_of(y: Array, n_samples: int, name: str) -> npt.NDArray[np.int64]:
         raise DataError(f"{name}: labels of shape {list(y.shape)}, expected [{n_samples}], one a sample")
     if y.dtype.kind not in "biu":
         raise DataError(f"{name}: labels of dtype {y.dtype}, expected integers")
+    y = in_memory(y, mapped_file(y))
     if y.dtype.kind == "u" and y.size and y.max() > np.iinfo(np.int64).max:
         raise DataError(f"{name}: label {y.max()}, expected one that fits into int64")
     return np.ascontiguousarray(y, dtype=np.int64)

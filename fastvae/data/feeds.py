@@ -170,8 +170,8 @@ class SourceFeed:
         """Samples from `first` on, a multiple of the pieces' length."""
         step = max(1, _PIECE_BYTES // max(1, 4 * math.prod(self._source.item_shape)))
         if isinstance(self._source, ArraySource):
-            x = self._source.x
-            yield from (x[i : i + step] for i in range(first, len(x), step))
+            source = self._source
+            yield from (source.read(slice(i, i + step)) for i in range(first, source.n_samples, step))
             return
         loader = DataLoader(self._source, step, num_workers=0)
         loader.set_epoch(0, first // step)
@@ -182,7 +182,7 @@ class SourceFeed:
         """uint8 of floating point, images of the size asked for, grey ones without an axis for channels."""
         if x.dtype != np.uint8:
             low, high = float(x.min()), float(x.max())
-            if low < 0 or high > 1:
+            if not (low >= 0 and high <= 1):  # of a large file nobody has looked for NaN
                 found = f"values from {low:g} to {high:g} in samples {first} to {first + len(x) - 1}"
                 expected = "values in [0, 1], which uint8 can hold as k / 255"
                 raise DataError(f"{self._source.name}: {found}, expected {expected}")

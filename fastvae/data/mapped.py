@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _native
-from .memory import memory_limit
+from .memory import available_memory, memory_limit
+from .source import DataError
 
 _MAPPINGS = Path("/proc/self/maps")
 BLOCK_BYTES = 1 << 20  # read in one piece
@@ -40,7 +41,10 @@ class MappedFile:
 
 
 def mapped_file(x: npt.NDArray[Any]) -> MappedFile | None:
-    """The file that x is a mapping of, by whomever; None for memory, and for a file without a name by now."""
+    """The file that x is a mapping of, by whomever; None for memory, and for a file without a name by now.
+
+    Raises DataError for one that was cut since it was mapped.
+    """
     root: Any = x
     while isinstance(root.base, np.ndarray):
         root = root.base
@@ -54,11 +58,29 @@ def mapped_file(x: npt.NDArray[Any]) -> MappedFile | None:
             break
     else:
         return None
-    if inode == b"0" or not path or path[0].startswith(b"/dev/") or not os.path.isfile(path[0]):
+    if inode == b"0" or not path or not os.path.isfile(path[0]):
         return None
     writable, shared = b"w" in allowed, b"s" in allowed
     watch = _native.WatchedFile(path[0], _printable(os.fsdecode(path[0])), writable and shared)
-    return MappedFile(int(offset, 16) + address - begin, shared, not writable, watch)
+    file = MappedFile(int(offset, 16) + address - begin, shared, not writable, watch)
+    steps = sum((size - 1) * max(0, stride) for size, stride in zip(x.shape, x.strides, strict=True))
+    if x.size and watch.size < (end := file.offset + steps + x.itemsize):
+        cut = f"changed while in use: {watch.size} bytes, was mapped with {end} or more"
+        raise DataError(f"{watch.name}: {cut}; open it again when it is whole")
+    return file
+
+
+def in_memory(x: npt.NDArray[Any], file: MappedFile | None) -> npt.NDArray[Any]:
+    """x, copied where it lies in a file. Raises DataError for one that was cut or changed meanwhile.
+
+    Read in another way, a mapping of a file that is cut ends the process.
+    """
+    if file is None:
+        return x
+    if x.nbytes > (free := available_memory()):
+        got = f"{x.nbytes} bytes to be read into memory, more than the {free} that are free"
+        raise DataError(f"{file.watch.name}: {got}")
+    return file.watch.copy(x)
 
 
 def mapped_rows(x: npt.NDArray[Any], rows: _native.DenseRows, file: MappedFile) -> _native.MappedRows:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from .. import _native
-from .arrays import ArraySource, array_of, labels_of
+from .arrays import ArraySource, array_of, labels_of, pieces
+from .mapped import in_memory, mapped_file
 from .source import Array, DataError, Source
 
 if TYPE_CHECKING:
@@ -125,8 +126,9 @@ def csr_source(
     """The source over the arrays of a CSR matrix of this shape, read once to be checked, and used in place.
 
     data: [nnz], integers or floats, finite in float32. indices, indptr: int32 or int64. Other types are
-    converted. y: integers [N]. Raises DataError, which names the place.
+    converted, and mapped files copied. y: integers [N]. Raises DataError, which names the place.
     """
+    data, indices, indptr = (in_memory(part, mapped_file(part)) for part in (data, indices, indptr))
     data, (indices, indptr) = _values(data, name), _places(indices, indptr, name)
     if min(shape) < 1:
         raise DataError(f"{name}: shape {list(shape)} is empty, expected at least one sample and one feature")
@@ -168,11 +170,15 @@ def sparse_arrays(x: object, name: str) -> tuple[Array, Array, Array, tuple[int,
 
 
 def _from_dense(x: Array, y: Array | None, name: str = "array") -> SparseSource:
-    from scipy.sparse import csr_array
+    from scipy.sparse import csr_array, vstack
 
     if x.ndim != 2 or x.dtype.kind not in "biuf":
         raise DataError(f"{name}: {x.dtype} of shape {list(x.shape)}, expected counts [N, D]")
-    matrix = csr_array(x.astype(np.float32) if x.dtype == np.float16 else x)
+    dtype, file = np.float32 if x.dtype == np.float16 else x.dtype, mapped_file(x)
+    if not x.flags.c_contiguous:  # whose rows are all over the file
+        x, file = in_memory(x, file), None
+    made = [csr_array(in_memory(x[rows], file).astype(dtype, copy=False)) for rows in pieces(x)]
+    matrix = made[0] if len(made) == 1 else vstack(made, format="csr")
     return csr_source(matrix.data, matrix.indices, matrix.indptr, matrix.shape, y, name)
 
 
