@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from processes import run_python
 
 from fastvae.cli import train
+from fastvae.cli.runs import Run, open_data
 from fastvae.data import DataLoader, Dataset, as_source
 from fastvae.training.config import TrainConfig
 
@@ -41,10 +44,9 @@ def test_other_devices_are_refused() -> None:
         DataLoader(X, 4).into(torch.empty(4, 3))
 
 
-def test_a_training_asks_for_its_device(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """For training, validation and test data, and says where the training data are."""
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
+    """The devices that loaders are asked for, where any is there; each with the number of samples."""
     asked = []
 
     def passes_on(device: torch.device, wanted: Any) -> Any:
@@ -52,13 +54,35 @@ def test_a_training_asks_for_its_device(
         return wanted.native(), f"kept on {device}, 1.0 MB"
 
     monkeypatch.setattr("fastvae.data.loader.passes_on", passes_on)
-    monkeypatch.setattr("fastvae.data.arguments.device", torch.device)
+    monkeypatch.setattr("fastvae.data.arguments.device", lambda device: torch.device(device or "cpu"))
+    return asked
+
+
+def test_a_training_asks_for_its_device(
+    asked: list[tuple[torch.device, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For training, validation and test data, and says where the training data are."""
     source, device = as_source(np.zeros((20, 4, 4), np.uint8)), torch.device("cuda:1")
     data = Dataset("stripes", source, as_source(np.zeros((7, 4, 4), np.uint8)))
     loaders = train._loaders(TrainConfig(val=0.25), data, device)
     assert asked == [(device, 15), (device, 5), (device, 7)]
     train._print_data(data, *loaders)
     assert "data: array: kept on cuda:1, 1.0 MB" in capsys.readouterr().out
+
+
+def test_what_comes_after_training_asks_for_its_device(
+    asked: list[tuple[torch.device, int]], tmp_path: Path
+) -> None:
+    """But not for single data."""
+    np.save(tmp_path / "x.npy", np.arange(20 * 16, dtype=np.uint8).reshape(20, 4, 4))
+    config, device = TrainConfig(data=str(tmp_path / "x.npy"), val=0.25), torch.device("cuda:1")
+    run = Run(tmp_path, torch.nn.Identity(), config, device, 0, (1, 4, 4), (2,), {})
+    data = open_data(run, argparse.Namespace(data=None, split="train", batch_size=8))
+    some = data.some(7, seed=1)
+    assert asked == [(device, 15), (device, 7)]
+    assert [data.loader.device, some.loader.device] == [device, device]
+    assert [x.shape for x in some.batches([3, 5])] == [(2, 1, 4, 4)]
+    assert len(asked) == 2
 
 
 def test_a_loader_without_a_device_does_not_import_triton() -> None:

@@ -47,9 +47,9 @@ class Run:
 class RunData:
     """Data for a run's model, in their own order.
 
-    name: what they are, for messages. loader: their batches. source, rows: where they are from, and which
-    rows of it they are; None is all of them. labels: int64 [N], or None. classes: the names of the labels 0,
-    1, ..., where they have names.
+    name: what they are, for messages. loader: their batches, on the run's device. source, rows: where they
+    are from, and which rows of it they are; None is all of them. labels: int64 [N], or None. classes: the
+    names of the labels 0, 1, ..., where they have names.
     """
 
     name: str
@@ -69,10 +69,14 @@ class RunData:
         rows = chosen if self.rows is None else self.rows[chosen]
         labels = None if self.labels is None else self.labels[chosen]
         name = f"{n:,} of {self.name}"
-        return replace(self, name=name, loader=self._loader(rows), rows=rows, labels=labels)
+        loader = self._loader(rows, self.loader.device)
+        return replace(self, name=name, loader=loader, rows=rows, labels=labels)
 
     def batches(self, indices: Sequence[int], option: str = "index") -> list[Tensor]:
-        """x of the data at `indices`, in that order: float32 [B, *item]. Raises ConfigError, of `option`."""
+        """x of the data at `indices`, in that order: float32 [B, *item] on the CPU.
+
+        Raises ConfigError, of `option`.
+        """
         for index in indices:
             if not 0 <= index < self.loader.n_samples:
                 expected = f"0 to {self.loader.n_samples - 1}, of {self.name}"
@@ -80,7 +84,7 @@ class RunData:
         rows = list(indices) if self.rows is None else self.rows[list(indices)]
         return [batch[0] if isinstance(batch, tuple) else batch for batch in self._loader(rows)]
 
-    def _loader(self, rows: npt.ArrayLike) -> DataLoader:
+    def _loader(self, rows: npt.ArrayLike, device: torch.device | None = None) -> DataLoader:
         """One like `loader`, of other rows of the source."""
         from ..data import DataLoader
 
@@ -91,6 +95,7 @@ class RunData:
             seed=like.seed,
             indices=rows,
             num_workers=like.num_workers,
+            device=device,
             transform=like.transform,
         )
 
@@ -175,6 +180,7 @@ def open_data(
         seed=run.seed,
         indices=rows,
         num_workers=workers(source, run.device.type != "cpu"),
+        device=run.device,
         transform=Transform(binarize=True, fixed=True) if binarize else of_evaluation(run.config),
     )
     if loader.item_shape != run.item_shape:
