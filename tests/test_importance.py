@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 import platform
+from typing import Any
 
 import pytest
 import torch
 from processes import run_python
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal
+from torch.overrides import TorchFunctionMode
 
 import fastvae
+from fastvae import VAE
 from fastvae.inference import flips, importance, reach, weigh
+from fastvae.inference.aggregate import AggregatePosterior
 from fastvae.inference.flips import FlipWeigher
-from fastvae.inference.importance import EvaluationError, ImportanceSampler, log_likelihood, weigher_of
+from fastvae.inference.importance import (
+    EvaluationError,
+    ImportanceSampler,
+    log_likelihood,
+    posteriors,
+    weigher_of,
+)
 from fastvae.inference.reach import TurnedWeigher
 from fastvae.inference.weigh import Weigher
 
@@ -329,6 +339,46 @@ def test_clamp_of_logvar_is_that_of_training() -> None:
     expected = sampler.result()
     found = log_likelihood(model, [x], n_samples=3, logvar_clamp=(-0.1, 0.1))
     assert torch.equal(found.log_px, expected.log_px)
+
+
+READING = {"item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
+
+
+class Reads(TorchFunctionMode):
+    """Counts what would wait for a GPU: numbers taken from tensors, and tensors for the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__ in READING:
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_numbers_are_read_when_all_data_are_taken_in() -> None:
+    """And once before, where a model that is not finite would go on for long."""
+    model = VAE.mlp((12,), hidden=(8,), latent_dim=3, likelihood="gaussian")
+    gatherers = ImportanceSampler(model, n_samples=10), AggregatePosterior(n_mixture=20)
+    batches = posteriors(model, torch.rand(50, 12).split(10))
+    with torch.no_grad(), Reads() as reads:
+        for first_row, x, mu, logvar in batches:
+            gatherers[0].update(x, mu, logvar, first_row)
+            gatherers[1].update(mu, logvar, first_row)
+            if first_row == 0:
+                assert "cpu" in reads.found
+                reads.found.clear()
+        assert reads.found == ["__float__"] * 4  # by the operator in C++, of the variance
+    results = [gatherer.result() for gatherer in gatherers]
+    assert [len(results[0].log_px), results[1].n_data] == [50, 50]
+
+
+def test_a_model_that_is_not_finite_is_an_error_at_once() -> None:
+    model, x = Own("mse"), torch.rand(9, 2, 3, dtype=torch.float64)
+    sampler = ImportanceSampler(model, n_samples=3)
+    with torch.no_grad(), pytest.raises(EvaluationError, match="for datum 5, expected finite numbers"):
+        sampler.update(x, *(t * math.nan for t in model.encode(x)), 5)
 
 
 def test_errors_say_what_is_wrong() -> None:

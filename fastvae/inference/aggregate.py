@@ -53,7 +53,9 @@ class Aggregate:
 
 
 class AggregatePosterior:
-    """Gathers q(z) from the posteriors of all data, batch by batch; the result does not depend on batches.
+    """Gathers q(z) from the posteriors of all data, batch by batch, on their device, without a sync.
+
+    The result does not depend on batches.
 
     n_mixture: the data, drawn by `seed`, whose posteriors make the mixture; None is all, but at most 10,000,
         and fewer where there are very many latents.
@@ -64,8 +66,7 @@ class AggregatePosterior:
             raise ValueError(f"n_mixture: got {n_mixture}, expected at least 1")
         self.n_mixture, self.seed = n_mixture, seed
         self.count = 0
-        self._kl = 0.0
-        self._mean = self._scatter = self._noise = torch.zeros((), dtype=torch.float64)
+        self._kl = self._mean = self._scatter = self._noise = torch.zeros((), dtype=torch.float64)
         self._kept: list[Tensor] | None = None  # priority, place, mu, logvar, eps
 
     def update(self, mu: Tensor, logvar: Tensor, first_row: int | None = None) -> None:
@@ -74,7 +75,7 @@ class AggregatePosterior:
             return
         place = self.count if first_row is None else first_row
         mu, logvar = mu.detach().flatten(1), logvar.detach().flatten(1)
-        self._kl += kl_elements(mu, logvar).sum(dtype=torch.float64).item()
+        self._kl = self._kl.to(mu.device) + kl_elements(mu, logvar).sum(dtype=torch.float64)
         self._keep(mu, logvar, place)
         self._merge(mu.double(), logvar.double())
 
@@ -100,7 +101,7 @@ class AggregatePosterior:
         information = _controlled(information, own - prior - kl_elements(mu, logvar).sum(1))
         n = len(information)
         mutual = information.mean().item()
-        kl = self._kl / self.count
+        kl = self._kl.item() / self.count
         return Aggregate(
             n_data=self.count,
             mean=self._mean.cpu(),

@@ -154,11 +154,13 @@ def posteriors(
 
 
 class ImportanceSampler:
-    """Gathers ln p(x) of all data, batch by batch, as `log_likelihood` does.
+    """Gathers ln p(x) of all data, batch by batch on their device, as `log_likelihood` does.
 
-    The model's weights are those that it has now.
+    The model's weights are those that it has now. The first data are looked at for numbers that are not
+    finite when they are taken in, and all at the end: each look waits for a GPU.
     """
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module, n_samples: int = 100, seed: int = 0) -> None:
         if n_samples < 1:
             raise ValueError(f"n_samples: got {n_samples}, expected at least 1")
@@ -166,7 +168,8 @@ class ImportanceSampler:
         self._weigher = weigher_of(self.model, n_samples)
         keep_pages()
         self._features = 0
-        self._columns: list[list[Tensor]] = []
+        self._places: list[Tensor] = []
+        self._columns: list[tuple[Tensor, ...]] = []
 
     @torch.no_grad()
     def update(self, x: Tensor, mu: Tensor, logvar: Tensor, first_row: int) -> None:
@@ -183,16 +186,28 @@ class ImportanceSampler:
                 weights.update(log_weights(eps))
             _, kl = sample_and_kl(mu[rows], logvar[rows], seed=self.seed)
             log_px, mean, *others = weights.moments()
-            column = [t.cpu() for t in (log_px - constant, mean - constant, kl.double(), *others)]
-            _check_finite(column[0], column[1], column[2], place)
-            self._columns.append(column)
+            self._places.append(torch.arange(place, place + n_data))
+            self._columns.append((log_px - constant, mean - constant, kl.double(), *others))
+            if len(self._columns) == 1:
+                self._read()
 
     def result(self) -> LogLikelihood:
         """Of all that was taken in. Raises ValueError for no data."""
         if not self._columns:
             raise ValueError("batches: got no data to evaluate on, expected at least one batch")
-        columns = (torch.cat(column) for column in zip(*self._columns, strict=True))
-        return LogLikelihood(self.n_samples, self._features, *columns)
+        return LogLikelihood(self.n_samples, self._features, *self._read())
+
+    def _read(self) -> list[Tensor]:
+        """The columns, on the CPU. Raises EvaluationError where they are not finite."""
+        columns = [torch.cat(column).cpu() for column in zip(*self._columns, strict=True)]
+        bad = ~torch.stack(columns[:3]).isfinite().all(0)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            log_px, elbo, kl = (column[i] for column in columns[:3])
+            got = f"ln p(x) {log_px:g}, ELBO {elbo:g}, KL {kl:g} for datum {torch.cat(self._places)[i]}"
+            hint = "its weights, or x, may hold some that are not"
+            raise EvaluationError(f"model: got {got}, expected finite numbers; {hint}")
+        return columns
 
 
 def weigher_of(model: Model, n_samples: int) -> Weigher:
@@ -270,12 +285,3 @@ def _error_of_mean(variances: Tensor) -> float:
 
 def _error_over_data(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def _check_finite(log_px: Tensor, elbo: Tensor, kl: Tensor, first_row: int) -> None:
-    bad = ~(log_px.isfinite() & elbo.isfinite() & kl.isfinite())
-    if bad.any():
-        i = int(bad.nonzero()[0])
-        got = f"ln p(x) {log_px[i]:g}, ELBO {elbo[i]:g}, KL {kl[i]:g} for datum {first_row + i}"
-        hint = "its weights, or x, may hold some that are not"
-        raise EvaluationError(f"model: got {got}, expected finite numbers; {hint}")

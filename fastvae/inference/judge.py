@@ -136,7 +136,8 @@ def judge(
         sampler.update(x, mu, logvar, first_row)
         latents.update(mu, logvar)
         aggregate.update(mu, logvar, first_row)
-        squares += (x - decode_mean(model, mu).view_as(x)).double().square().sum().cpu()
+        error = (x - decode_mean(model, mu).view_as(x)).double()
+        squares = squares.to(x.device) + error.square().sum()
     bounds = sampler.result()
     log_variance = log_variance_of(model)
     one = likelihood == "gaussian" and torch.as_tensor(log_variance).numel() == 1

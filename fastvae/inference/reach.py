@@ -34,6 +34,7 @@ class TurnedWeigher(Weigher):
         self.q, r = torch.linalg.qr(last.weight.detach().double())
         self.r = r.to(last.weight.dtype)
         self.decode = self._decode
+        self.one_log_variance = float(self.log_variance)
 
     def _decode(self, z: Tensor) -> Tensor:
         h: Tensor = self.hidden(z)
@@ -51,6 +52,6 @@ class TurnedWeigher(Weigher):
         turned = centred @ self.q
         rest = (centred.square().sum(1) - turned.square().sum(1)).clamp(min=0)
         if self.likelihood == "gaussian":
-            n, log_variance = centred.shape[1] - turned.shape[1], float(self.log_variance)
+            n, log_variance = centred.shape[1] - turned.shape[1], self.one_log_variance
             rest = 0.5 * (math.exp(-log_variance) * rest + n * (log_variance + math.log(2 * math.pi)))
         return turned.to(x.dtype), rest
