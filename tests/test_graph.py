@@ -281,6 +281,34 @@ def test_an_owner_may_change_the_model_between_epochs(device: str, change) -> No
     assert_same(*steps)
 
 
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_frozen_meanwhile_stays(device: str, captured: bool, amp_dtype: torch.dtype) -> None:
+    data, config = batches(12), TrainConfig(lr=1e-2, optimizer="adamw", clip_norm=1.0)
+    step = trained(mlp, data, config, amp_dtype, device, captured)
+    for frozen in (True, False):
+        step.model.encoder.requires_grad_(not frozen)
+        step.reset()
+        before = parts_of(step)
+        run(step, data)
+        for name, changed in parts_of(step).items():
+            assert torch.equal(changed, before[name]) == (frozen and "encoder" in name), name
+    assert captured == (step.graphs is not None and len(step.graphs.captured) == 2)
+
+
+def parts_of(step: TrainStep) -> dict[str, Tensor]:
+    """Copies of each parameter and of its moments."""
+    tensors = step.tensors()
+    wholes = {"weight": step.weights.flat.detach()}
+    wholes |= {name: tensors[f"optimizer.0.{name}"] for name in ("exp_avg", "exp_avg_sq")}
+    return {
+        f"{what} of {name}": part.clone()
+        for what, whole in wholes.items()
+        for name, part in zip(step.weights.names, step.weights.views(whole), strict=True)
+    }
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_unchanged_model_keeps_its_graphs_over_epochs(device: str) -> None:
     step = trained(mlp, batches(12), TrainConfig(), device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -60,10 +61,12 @@ class FusedAdam:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self, terms: ELBOTerms | None = None) -> list[Tensor]:
-        """Update the weights by their gradients; not where these or the loss are not finite.
+        """Update the weights by their gradients; those without a gradient stay.
 
-        Gives one tensor: loss, recon and kl, and the largest element of each gradient.
+        Where a gradient or the loss is not finite, nothing changes. Gives one tensor: loss, recon and kl, and
+        the largest element of each gradient.
         """
+        without = [gradient is None for gradient in self.weights.own_gradients()]
         self.weights.gather_gradients()
         terms = ELBOTerms(self._one, self._one, self._one) if terms is None else terms
         row = self._look(terms)
@@ -71,7 +74,8 @@ class FusedAdam:
             if self.scaler is not None:
                 self.scaler.unscale_(self.adam)
             self._clip(self.clip_norm)
-        before = self._steps().clone()
+        steps, staying = self._steps().clone(), self._parts(without)
+        before = [part.clone() for part in staying]
         for group in self.adam.param_groups:  # torch asks to be told; a fused Adam does the same either way
             group["capturable"] = self._on_gpu and torch.cuda.is_current_stream_capturing()
         if self.scaler is None:
@@ -79,7 +83,9 @@ class FusedAdam:
         else:
             self.scaler.step(self.adam)
             self.scaler.update()
-        self.applied = self._steps() - before
+        if staying:
+            torch._foreach_copy_(staying, before)
+        self.applied = self._steps() - steps
         if self.ema_decay is not None:
             self._average(self.ema_decay)
         self.weights.refresh_copies()
@@ -115,6 +121,13 @@ class FusedAdam:
             # which makes a gradient not a number, as the scaler looks at these alone
             self._parameters[0].grad[:1].add_(row[0] * 0)  # type: ignore[index]
         return row
+
+    def _parts(self, chosen: list[bool]) -> list[Tensor]:
+        """Weights and moments of the parameters that are chosen."""
+        state = self.adam.state.get(self.weights.flat)
+        moments = [state[name] for name in ("exp_avg", "exp_avg_sq")] if state else []  # else they begin as 0
+        wholes = [self.weights.flat.detach(), *moments] if any(chosen) else []
+        return [part for whole in wholes for part in itertools.compress(self.weights.views(whole), chosen)]
 
     def _steps(self) -> Tensor:
         """The steps that were applied, counted on the device."""

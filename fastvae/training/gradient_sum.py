@@ -99,7 +99,7 @@ class GradientSum:
             event, copy = self._unread.popleft()
             event.synchronize()
             self._ranks.agreed = {r for r, asked in zip(REQUESTS, copy.tolist(), strict=True) if asked}
-        return [True] * len(self._leaves)
+        return [leaf.requires_grad for leaf in self._leaves]  # to read the flags would be to wait
 
 
 def part_of(terms: ELBOTerms, spec: Spec, share: Share) -> ELBOTerms:

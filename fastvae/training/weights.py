@@ -56,7 +56,7 @@ class FlatWeights:
         n = sum(map(_padded, self._parameters))
         self.flat = nn.Parameter(torch.zeros(n, dtype=torch.float32, device=device))
         self.offsets = [0, *itertools.accumulate(map(_padded, self._parameters))][:-1]
-        for parameter, view in zip(self._parameters, self._views(self.flat.detach()), strict=True):
+        for parameter, view in zip(self._parameters, self.views(self.flat.detach()), strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
         self.gradients: list[Tensor] = []
@@ -67,7 +67,7 @@ class FlatWeights:
         self.leaves = list(self._parameters)
         if amp_dtype != torch.float32:
             self.copies = self.flat.detach().to(amp_dtype)
-            copies = [nn.Parameter(view) for view in self._views(self.copies)]
+            copies = [nn.Parameter(view) for view in self.views(self.copies)]
             places = {id(p): i for i, p in enumerate(self._parameters)}
             for module in model.modules():
                 if not isinstance(module, _MATRIX_MODULES):
@@ -121,13 +121,18 @@ class FlatWeights:
             return
         if self.flat.grad is None:
             self.use_gradient_memory(torch.zeros_like(self.flat))
-        gradients = []
+        absent, filled, arrived = [], [], []
         for leaf, view in zip(self.leaves, self.gradients, strict=True):
             if leaf.grad is None:
-                leaf.grad = torch.zeros_like(view)
-            gradients.append(leaf.grad)
+                absent.append(view)
+            else:
+                filled.append(view)
+                arrived.append(leaf.grad)
             leaf.grad = None
-        torch._foreach_copy_(self.gradients, gradients)
+        if absent:
+            torch._foreach_zero_(absent)
+        if arrived:
+            torch._foreach_copy_(filled, arrived)
 
     def own_gradients(self) -> list[Tensor | None]:
         """The gradient of each parameter, where it has one: as it has arrived, or summed over ranks."""
@@ -136,7 +141,7 @@ class FlatWeights:
     def use_gradient_memory(self, memory: Tensor) -> None:
         """Let `flat.grad` be this memory."""
         self.flat.grad = memory
-        self.gradients = self._views(memory)
+        self.gradients = self.views(memory)
 
     def refresh_copies(self) -> None:
         """Bring the copies up to date with `flat`, after an update of `flat` alone."""
@@ -148,7 +153,7 @@ class FlatWeights:
         for parameter in self._parameters:
             parameter.data = parameter.detach().clone()
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
+    def views(self, flat: Tensor) -> list[Tensor]:
         """`flat` in the shapes of the parameters, laid out as they are."""
         parts = flat.split([_padded(p) for p in self._parameters])
         return [
