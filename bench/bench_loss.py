@@ -52,14 +52,16 @@ def kernels_of(device: str) -> ModuleType:
 
 
 def cases() -> list[tuple[str, torch.dtype, Shape, bool]]:
-    """(device, dtype, shape, gradient): on a GPU also what exceeds its caches, and bfloat16."""
+    """(device, dtype, shape, gradient): on a GPU first what exceeds its caches, and also bfloat16."""
     f32, bf16 = torch.float32, torch.bfloat16
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found = [(d, f32, shape, gradient) for d in devices for shape in SHAPES for gradient in (False, True)]
-    if "cuda" in devices:
-        found += [("cuda", f32, LARGE[f32], True), ("cuda", bf16, SHAPES[1], True)]
-        found += [("cuda", bf16, LARGE[bf16], True)]
-    return found
+
+    def small(device: str) -> list[tuple[str, torch.dtype, Shape, bool]]:
+        return [(device, f32, shape, gradient) for shape in SHAPES for gradient in (False, True)]
+
+    if not torch.cuda.is_available():
+        return small("cpu")
+    large = [("cuda", dtype, shape, True) for dtype, shape in LARGE.items()]
+    return [*large, *small("cuda"), ("cuda", bf16, SHAPES[1], True), *small("cpu")]
 
 
 def label(value: object) -> str:

@@ -198,6 +198,13 @@ def test_bench_step(compare: Callable[..., None], images: np.ndarray, device: st
     def batches() -> Iterator[Tensor]:
         return indexing(on_device)
 
+    loader = fastvae.DataLoader(images, BATCH, shuffle=True, drop_last=True, device=device)
+
+    def load() -> None:
+        for _ in loader:
+            pass
+        torch.cuda.synchronize()
+
     compare(
         f"steps of an epoch of {N:,} on {device}",
         {
@@ -207,6 +214,7 @@ def test_bench_step(compare: Callable[..., None], images: np.ndarray, device: st
             "torch.compile, reduce-overhead": by_hand(
                 batches, device, amp=True, fused=True, compiled="reduce-overhead"
             ),
+            "the loader alone": load,
         },
         rounds=ROUNDS,
         samples=N // BATCH * BATCH,

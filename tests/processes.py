@@ -29,7 +29,8 @@ def run_checks(name: str, *options: str, **environment: str) -> None:
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *options, name]
     checks = TESTS / "triton_checks"
     # processes that the checks start need to find their modules too
-    _run(pytest, checks, {**environment, "PYTHONPATH": str(checks)})
+    path = os.pathsep.join(filter(None, [str(checks), os.environ.get("PYTHONPATH")]))
+    _run(pytest, checks, {**environment, "PYTHONPATH": path})
 
 
 @contextmanager

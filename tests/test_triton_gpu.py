@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,9 @@ def device_events(run: Callable[[], object]) -> list[str]:
 @pytest.mark.parametrize("checks", ["elbo_checks.py", "gather_checks.py", "rng_checks.py"])
 def test_numbers_on_the_gpu(checks: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    run_checks(checks, TRITON_INTERPRET="0", FASTVAE_CHECK_DEVICE="cuda")
+    # each of some hundred kernels is compiled, which takes most of the time
+    workers = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    run_checks(checks, *workers, TRITON_INTERPRET="0", FASTVAE_CHECK_DEVICE="cuda")
 
 
 def test_one_launch_forward_and_one_backward(launcher: ModuleType) -> None:
