@@ -58,7 +58,7 @@ class CudaCopies:
         self._stream = torch.cuda.Stream(device)
 
     def pinned(self, n_bytes: int) -> Tensor:
-        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def room(self, like: Tensor) -> Tensor:
         room = torch.empty(like.shape, dtype=like.dtype, device=self._device)

@@ -90,7 +90,7 @@ class CheckpointWriter:
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         copy = self._copies.get(name)
         if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return copy.copy_(tensor.detach())
 
     def _write(self, path: Path, tensors: dict[str, Tensor], state: str) -> None:

@@ -90,7 +90,7 @@ class GradientSum:
             flags = self._flags.tolist()
             self._ranks.agreed = {request for request, asked in zip(REQUESTS, flags, strict=False) if asked}
             return [bool(used) for used in flags[n:]]
-        copy = torch.empty(n, pin_memory=True).copy_(self._flags[:n], non_blocking=True)
+        copy = torch.empty(n, device="cpu", pin_memory=True).copy_(self._flags[:n], non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._unread.append((event, copy))
