@@ -113,8 +113,8 @@ class ELBOLoss(nn.Module):
     ) -> tuple[ELBOTerms, list[tuple[Tensor, Tensor]]]:
         """`terms` of a scalar loss, and where its backward begins: tensors, each with the loss's gradient.
 
-        For `torch.autograd.backward(tensors, gradients)`. On the CPU these are x_hat and what else the loss
-        depends on, whose gradients are made in the same pass as the terms; else the loss itself.
+        For `torch.autograd.backward(tensors, gradients)`. In C++ and in Triton these are x_hat and what else
+        the loss depends on, whose gradients are made in the same pass as the terms; else the loss itself.
         """
         inputs = Inputs(x_hat, x, mu, logvar, kl, weight, self.beta)
         scales = self.log_variance, self.log_scale

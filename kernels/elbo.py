@@ -71,7 +71,7 @@ def store_rows(
 @triton.jit(do_not_specialize=["seed", "batch", "first_row", "offset", "stride_x_hat_sample"])
 def elbo_forward_kernel(
     p_x_hat, p_x, p_mu, p_logvar, p_kl_given, p_weight, p_beta, p_log_scale, p_seed,
-    p_loss, p_recon, p_kl, p_z, p_kl_rows, p_partial, p_ticket,
+    p_loss, p_recon, p_kl, p_z, p_kl_rows, p_d_x_hat, p_d_kl, p_partial, p_ticket,
     beta, log_scale, constant, free_bits, seed: tl.int64, recon_scale, kl_scale, clamp_low, clamp_high,
     samples, batch: tl.int64, features, latents, first_row: tl.int64, offset: tl.int64,
     stride_x_hat_sample: tl.int64, stride_x_hat_row, stride_x_hat_col, stride_x_row, stride_x_col,
@@ -85,7 +85,8 @@ def elbo_forward_kernel(
     """z, KL and reconstruction term, as far as the stages go, and their sums.
 
     x_hat is [samples, batch, features] (its first stride in units of SAMPLE_UNIT), x [batch, features], mu
-    and logvar [batch, latents], all with any strides; z is contiguous [samples, batch, latents].
+    and logvar [batch, latents], all with any strides; z is contiguous [samples, batch, latents]. The
+    gradients of the loss itself, where asked for here, are contiguous as well.
     """
     SCALARS: tl.constexpr = LIKELIHOOD is not None and not PER_SAMPLE
     BY_ROW: tl.constexpr = PER_SAMPLE or SAMPLE
@@ -108,6 +109,9 @@ def elbo_forward_kernel(
     for first in range(tl.program_id(0).to(tl.int64) * ROWS, batch, tl.num_programs(0) * ROWS):
         b_row = (first + tl.arange(0, ROWS)).to(tl.int64)  # [ROWS]
         b_live = b_row < batch
+        b_weight = weighted(
+            p_weight, stride_weight, b_row, b_live, tl.full([ROWS], 1.0, tl.float32)
+        )  # [ROWS]
 
         # -log p(x | z), summed over samples and features
         b_recon = tl.zeros([ROWS], dtype=tl.float32)  # [ROWS]
@@ -118,6 +122,7 @@ def elbo_forward_kernel(
                 b_mask = b_live[:, None] & (b_col < features)[None, :]
                 b_x = load_target(tile_at(p_x, b_row, stride_x_row, b_col, stride_x_col), b_mask)
                 p_sample = p_x_hat
+                p_d_sample = p_d_x_hat
                 p_scale = p_log_scale
                 for _ in range(samples):
                     p_tile = tile_at(p_sample, b_row, stride_x_hat_row, b_col, stride_x_hat_col)
@@ -128,6 +133,12 @@ def elbo_forward_kernel(
                     )  # fmt: skip
                     b_element = recon_element(b_x_hat, b_x, b_log_scale, b_inverse, constant, LIKELIHOOD)
                     b_sum += tl.where(b_mask, b_element, 0.0)
+                    if p_d_x_hat is not None:
+                        b_slope = recon_slope(b_x_hat, b_x, b_inverse, LIKELIHOOD)
+                        b_d = times((b_weight * recon_scale)[:, None], b_slope)  # [ROWS, BLOCK_D]
+                        p_tile = tile_at(p_d_sample, b_row, features, b_col, 1)
+                        tl.store(p_tile, b_d.to(p_d_x_hat.dtype.element_ty), mask=b_mask)
+                        p_d_sample += batch * features
                     p_sample += stride_x_hat_sample * SAMPLE_UNIT
                     if SCALE_FORM == "samples":
                         p_scale += stride_log_scale_sample
@@ -136,6 +147,9 @@ def elbo_forward_kernel(
         # KL(q(z | x) || p(z)), summed over latents, and z on the way
         if p_mu is None:
             b_kl = row_values(p_kl_given, stride_kl_given, b_row, b_live & (split == 0))  # [ROWS]
+            if p_d_kl is not None:
+                b_d = times(b_weight, beta + tl.zeros([ROWS], dtype=tl.float32)) * kl_scale  # [ROWS]
+                tl.store(p_d_kl + b_row, b_d, mask=b_live & (split == 0))
         else:
             b_sum = tl.zeros([ROWS, BLOCK_Z], dtype=tl.float32)  # [ROWS, BLOCK_Z]
             b_weighted_sum = tl.zeros([ROWS, BLOCK_Z], dtype=tl.float32)  # [ROWS, BLOCK_Z]

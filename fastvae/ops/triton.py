@@ -20,7 +20,7 @@ from ..kernels.columns import feature_scale_gradient_kernel, latent_kl_kernel
 from ..kernels.elbo import elbo_backward_kernel, elbo_forward_kernel
 from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
-# A gradient made in the forward would need the upstream scalar, and reading it would wait for the GPU.
+# Autograd's backward has the upstream scalar, and a forward that made the gradients would wait to read it.
 GRADIENTS_IN_FORWARD = False
 
 
@@ -65,6 +65,29 @@ def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     Raises:
         TypeError: an input is float64, which the kernels do not compute in.
     """
+    return _forward(inputs, spec, extents, Gradients())
+
+
+def forward_and_gradients(
+    inputs: Inputs, spec: Spec, extents: Extents, needs: Needs
+) -> tuple[Forward, Gradients]:
+    """`forward` of a scalar loss, and the gradients of the loss itself.
+
+    Those of x_hat and kl are made in the same launch, and what else is needed in one of `backward`.
+    """
+    d_kl = inputs.like.new_empty(extents.batch, dtype=torch.float32) if needs.kl else None
+    gradients = Gradients(x_hat=_contiguous_like(inputs.x_hat) if needs.x_hat else None, kl=d_kl)
+    result = _forward(inputs, spec, extents, gradients)
+    others = needs._replace(x_hat=False, kl=False)
+    if any(others):
+        assert result.loss is not None
+        found = backward(inputs, spec, extents, Forward(torch.ones_like(result.loss)), others)
+        gradients = found._replace(x_hat=gradients.x_hat, kl=d_kl)
+    return result, gradients
+
+
+def _forward(inputs: Inputs, spec: Spec, extents: Extents, gradients: Gradients) -> Forward:
+    """`forward`, which also fills the gradients of x_hat and kl that are given."""
     _refuse_float64(inputs)
     device = inputs.like.device
     samples, batch, features, latents = extents
@@ -94,8 +117,9 @@ def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     arguments = _shared_arguments(inputs, spec, extents, cut)
     arguments.update(
         p_kl_given=inputs.kl, p_loss=loss, p_recon=recon, p_kl=kl_term, p_z=z, p_kl_rows=kl_rows,
-        p_partial=partial, p_ticket=_ticket(device), stride_kl_given=_row_stride(inputs.kl),
-        constant=spec.constant, SAMPLE=spec.sample, PER_SAMPLE=reconstructs and spec.per_sample,
+        p_d_x_hat=gradients.x_hat, p_d_kl=gradients.kl, p_partial=partial, p_ticket=_ticket(device),
+        stride_kl_given=_row_stride(inputs.kl), constant=spec.constant,
+        SAMPLE=spec.sample, PER_SAMPLE=reconstructs and spec.per_sample,
     )  # fmt: skip
     _launch(elbo_forward_kernel, device, (cut.row_programs, cut.splits), arguments)
     return Forward(loss, recon, kl_term, z, kl_rows)

@@ -81,9 +81,7 @@ class Backward:
         kind = x.shape, x.stride(), x.dtype, share, torch.get_num_threads()  # of which calls are prepared
         if self.tapes is None or (kind not in self.tapes and len(self.tapes) == MOST_TAPES):
             with self.weights.lent(), self._no_autocast:
-                terms = self.terms(x, share)
-                self._backward(terms.loss)
-            return terms
+                return self._as_written(x, share)
         if kind in self.tapes:
             outputs = self.tapes[kind](x)
         else:
@@ -115,6 +113,19 @@ class Backward:
                 f"torch.autocast({x.device.type!r}, enabled=False)"
             ) from error
         return latent_shape
+
+    def _as_written(self, x: Tensor, share: Share) -> ELBOTerms:
+        """`__call__` by autograd, from the loss on or from what its gradients are made of with it."""
+        scaled = self.weights.is_half or parts(self.loss.spec, share) != (1, 1)
+        if scaled or self.extra is not None:
+            terms = self.terms(x, share)
+            self._backward(terms.loss)
+            return terms
+        arguments, _ = self.loss_arguments(x, share)
+        terms, roots = self.loss.terms_and_gradients(**arguments)
+        tensors, gradients = zip(*roots, strict=True)
+        torch.autograd.backward(tensors, gradients)
+        return terms
 
     def _by_parts(self, x: Tensor, share: Share) -> ELBOTerms:
         """`__call__` with the activations of one part of x at a time."""

@@ -20,9 +20,9 @@ def elbo(
     batch: int, features: int, latents: int, *, samples: int = 1, dtype: torch.dtype = FP32,
     x_dtype: torch.dtype | None = None, likelihood: Any = "mse", reduction: Reduction = "batchmean",
     sample: bool = False, beta: Any = 1.0, weighted: bool = False, clamp: Any = None, kl_given: bool = False,
-    scale_form: ScaleForm = "scalar", free_bits: float | None = None,
+    scale_form: ScaleForm = "scalar", free_bits: float | None = None, together: bool = False,
 ) -> Callable[[], None]:  # fmt: skip
-    """A forward and a backward with reconstruction; memory is asked for and never touched."""
+    """A forward and a backward with reconstruction, and both `together`; memory is never touched."""
 
     def call() -> None:
         lead = () if samples == 1 else (samples,)
@@ -46,6 +46,8 @@ def elbo(
         g_z = torch.empty(samples, batch, latents, dtype=dtype) if sample else None
         needs = Needs(True, not kl_given, not kl_given, kl_given, scaled)
         launcher.backward(inputs, spec, extents, Forward(g_loss, z=g_z), needs)
+        if together:
+            launcher.forward_and_gradients(inputs, spec, extents, needs)
 
     return call
 
@@ -110,6 +112,9 @@ CASES: dict[str, Callable[[], None]] = {
     "gaussian": elbo(256, 12288, 128, likelihood="gaussian"),
     "bernoulli": elbo(1024, 784, 64, likelihood="bernoulli"),
     "kl given": elbo(1024, 784, 64, kl_given=True),
+    "together": elbo(1024, 65536, 128, together=True),
+    "together bf16": elbo(2048, 65536, 128, dtype=BF16, together=True),
+    "together by kl": elbo(128, 784, 20, kl_given=True, weighted=True, likelihood="bernoulli", together=True),
     "bytes": elbo(128, 784, 20, x_dtype=UINT8, likelihood="bernoulli"),
     "bf16": elbo(256, 12288, 128, dtype=BF16, x_dtype=FP32),
     "bf16 gaussian": elbo(256, 12288, 128, dtype=BF16, likelihood="gaussian"),

@@ -53,6 +53,14 @@ def test_loads_and_stores_are_16_bytes_wide(name: str, compiled: Any) -> None:
     assert re.search(wide_store, backward)
 
 
+@pytest.mark.parametrize("name", ["together", "together bf16"])
+def test_a_forward_with_the_gradient_is_as_wide(name: str, compiled: Any) -> None:
+    kernel = [kernel for which, kernel in compiled[name, 90] if which == "elbo_forward_kernel"][-1]
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", kernel.ptx)) >= 2
+    assert re.search(r"st\.global\S*\.v4\.b32", kernel.ptx)
+    assert kernel.registers <= 64
+
+
 @pytest.mark.parametrize(
     ("name", "load"),
     [("gather", "b32"), ("gather bf16", "v2.b32"), ("gather bytes", "v4.b32"), ("gather floats", "v4.b32")],

@@ -204,8 +204,12 @@ def run_triton(
 
 def run_backward(case: Case, inputs: Inputs, upstream: list[Tensor | None]) -> Gradients:
     """The launcher's gradients of every input that can have one."""
-    needs = Needs(*(isinstance(getattr(inputs, name), Tensor) for name in FIELDS))
-    return launcher.backward(inputs, case.spec, case.extents, Forward(*upstream), needs)
+    return launcher.backward(inputs, case.spec, case.extents, Forward(*upstream), needs_of(inputs))
+
+
+def needs_of(inputs: Inputs) -> Needs:
+    """The gradients of every input that can have one."""
+    return Needs(*(isinstance(getattr(inputs, name), Tensor) for name in FIELDS))
 
 
 def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor, slack: float = 0.0) -> None:
@@ -263,6 +267,17 @@ def check(case: Case, device: str, seed: int) -> None:
             assert_close(f"d {name}", got, expected, plain, slacks.get(f"d {name}", 0.0))
     for old, new in zip([*before, *upstream_before], [*inputs, *upstream], strict=True):
         assert not isinstance(old, Tensor) or torch.equal(old, new), "an input was written to"
+
+    if case.likelihood and not (case.sample or case.spec.per_sample):
+        ones = [torch.ones((), device=device), *[None] * 4]
+        together = launcher.forward_and_gradients(inputs, case.spec, case.extents, needs_of(inputs))
+        for one, other in zip(together[0], values, strict=True):
+            assert one is other or torch.equal(one, other), "another loss where gradients are made"
+        for name, one, other in zip(FIELDS, together[1], run_backward(case, inputs, ones), strict=True):
+            assert (one is None) == (other is None), name
+            if one is not None:
+                assert one.is_contiguous()
+                torch.testing.assert_close(one, other, msg=f"d {name}, with the loss")
 
     again = launcher.forward(inputs, case.spec, case.extents)
     again_gradients = run_backward(case, inputs, upstream)
