@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,17 @@ def test_pairs_and_dtypes() -> None:
     assert source.y.dtype == np.int64
     assert as_source(np.array([[True, False]])).x.tolist() == [[255, 0]]
     assert as_source(np.ones((2, 2), np.float16)).x.dtype == np.float32
+
+
+class SequenceArray(np.ndarray):
+    """An array as NumPy 2.5 has it."""
+
+
+Sequence.register(SequenceArray)
+
+
+def test_two_samples_are_no_pair() -> None:
+    assert as_source(np.ones((2, 3), np.float32).view(SequenceArray)).n_samples == 2
 
 
 def test_npy_is_mapped(tmp_path: Path) -> None:

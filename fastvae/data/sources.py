@@ -37,7 +37,7 @@ def as_source(data: SourceLike) -> Source:
             return data
         case str() | os.PathLike():
             return open_source(data)
-        case (x, y):
+        case tuple((x, y)):  # for an array is a sequence too, since NumPy 2.5
             return _source_of(x, array_of(y, "y"), "x")
         case torch.utils.data.Dataset():
             from .torch_datasets import dataset_source
