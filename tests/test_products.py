@@ -111,6 +111,8 @@ def test_serves() -> None:
     assert not Product.serves(a.float(), b.float())
     assert not Product.serves(a[:, ::2], b[:30])
     assert not Product.serves(a, b, torch.zeros(40, 80).bfloat16())
+    assert not Product.serves(a, b, torch.zeros(80))
+    assert not Product.serves(a, b, torch.zeros(160).bfloat16()[::2])
     assert not Product.serves(a[:, :0], b[:0])
     wide = torch.zeros(3, 2000).bfloat16()
     assert not Product.serves(wide, wide.t())

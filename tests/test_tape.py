@@ -248,7 +248,11 @@ class OwnWeight(nn.Module):
 
 
 OwnWeight.__module__ = "fastvae.models"
-AROUND = {"autocast": partial(torch.autocast, "cpu", torch.bfloat16), "float64": float64_by_default}
+AROUND = {
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+    "float64": float64_by_default,
+    "device": partial(torch.device, "meta"),
+}
 
 
 @pytest.mark.parametrize("options", [{}, {"amp_dtype": torch.bfloat16}, {"accumulate": 2}], ids=str)
@@ -264,7 +268,8 @@ def test_a_step_goes_its_way_whatever_is_set_around_it(seed: int, around: str, o
             step.backward.tapes = step.backward.tapes if tape else None
             for _ in range(3):
                 step(x)
-        results.append(step.weights.flat.detach())
+            averages = step.averages()
+        results.append(torch.cat((step.weights.flat.detach(), torch.tensor(averages))))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

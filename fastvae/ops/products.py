@@ -13,6 +13,7 @@ from .. import _native
 _MOST_INNER = 1024
 _MOST_ELEMENTS = 1 << 21
 _MOST_SMALL = 16**3  # m n k up to which torch does not ask oneDNN, but adds up in another order
+_CPU = torch.device("cpu")  # which need not be torch's default
 
 
 class Product:
@@ -38,10 +39,11 @@ class Product:
         (m, k), n = a.shape, b.shape[1]
         if not _native.products_supported() or max(m, n) * k > _MOST_ELEMENTS or m * n * k <= _MOST_SMALL:
             return False
+        given = (a, b) if bias is None else (a, b, bias)
         return (
-            all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and 1 in t.stride() for t in (a, b))
+            all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and 1 in t.stride() for t in given)
             and k <= _MOST_INNER
-            and (bias is None or (bias.shape == b.shape[1:] and bias.is_contiguous()))
+            and (bias is None or bias.shape == b.shape[1:])
         )
 
     def then_relu(self) -> None:
@@ -76,4 +78,4 @@ class Product:
         self._call = _native.ProductCall(self._extents, *self._strides, relu, threads, self._memory)
 
     def _empty(self) -> Tensor:
-        return torch.empty(self._extents[:2], dtype=torch.bfloat16)
+        return torch.empty(self._extents[:2], dtype=torch.bfloat16, device=_CPU)

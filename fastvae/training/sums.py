@@ -38,7 +38,7 @@ class TermSums:
         """Add up what was kept. Gives it, a row a step, beginning with loss, recon and kl."""
         if not self._sizes:
             return None
-        sizes = torch.tensor(self._sizes, dtype=torch.float64).to(self._sums.device)
+        sizes = torch.tensor(self._sizes, dtype=torch.float64, device=self._sums.device)
         rows = torch.stack(self._kept).view(len(sizes), -1)
         terms = rows[:, : len(ELBOTerms._fields)].double()
         finite = terms.isfinite().all(1, keepdim=True)
