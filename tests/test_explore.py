@@ -20,7 +20,15 @@ from torch import Tensor
 from fastvae import VAE, load
 from fastvae.cli import main
 from fastvae.data.datasets import REMOTES
-from fastvae.inference import decode, fit_mixture, interpolation, prior_quantiles, quantile_grid, traversal
+from fastvae.inference import (
+    decode,
+    fit_mixture,
+    interpolation,
+    prior_quantiles,
+    quantile_grid,
+    sample,
+    traversal,
+)
 from fastvae.inference.plots import CAPTION, GAP, ROW_GAP, ROW_LABEL
 from fastvae.inference.projection import principal_plane, strips, tsne
 from fastvae.inference.scatter import picture, scatter
@@ -86,6 +94,13 @@ def test_sample(run: Path, model: VAE, look) -> None:
     assert printed == f"{run}/sample.png: 24 draws of the prior at temperature 0.7\n"
     z = 0.7 * torch.randn(24, LATENTS, generator=torch.Generator().manual_seed(3))
     assert_shows(cells(run / "sample.png", 3, 8), mean(model, z))
+
+
+def test_samples_are_the_same_whatever_is_torchs_default_device(model: VAE) -> None:
+    for draw in (lambda: sample(model, 3), lambda: model.sample(3, seed=0)):
+        expected = draw()
+        with torch.device("meta"):
+            assert torch.equal(draw(), expected)
 
 
 def test_samples_repeat_whatever_the_batches(look) -> None:

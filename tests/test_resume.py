@@ -316,6 +316,13 @@ def test_the_writer_copies_before_it_returns(tmp_path) -> None:
     assert load_checkpoint(third).tensors["w"].equal(torch.ones(50, 20))
 
 
+def test_the_writer_copies_to_the_cpu_whatever_is_torchs_default_device(tmp_path) -> None:
+    weights = torch.ones(3)
+    with torch.device("meta"), CheckpointWriter(tmp_path) as writer:
+        path = writer.save(1, {"w": weights}, {})
+    assert load_checkpoint(path).tensors["w"].equal(weights)
+
+
 def test_killed_at_random_moments_and_resumed(tmp_path) -> None:
     """SIGKILL, as often as it takes: at most the steps since the last checkpoint are lost, never the run."""
     options = ["--data", "digits", "--epochs", "30", "--checkpoint-steps", "5", "--device", "cpu"]

@@ -97,7 +97,7 @@ class FlipWeigher(Weigher):
         square[:, :, 1:].diagonal(dim1=1, dim2=2).add_(0.5 * torch.expm1(logvar))
 
         def log_weights(eps: Tensor) -> Tensor:
-            more = torch.empty(eps.shape[:2], dtype=torch.float64)
+            more = torch.empty(eps.shape[:2], dtype=torch.float64, device="cpu")
             _native.flips(
                 (*eps.shape, p.shape[1]),
                 torch.get_num_threads(),

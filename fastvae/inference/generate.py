@@ -49,7 +49,8 @@ def sample(
 
 def draw_prior(n: int, latent_shape: Sequence[int], *, temperature: float = 1.0, seed: int = 0) -> Tensor:
     """n draws z of the prior, its standard deviation times `temperature`: float32 [n, *latent_shape]."""
-    return temperature * torch.randn(n, *latent_shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return temperature * torch.randn(n, *latent_shape, generator=generator, device="cpu")
 
 
 def encode(

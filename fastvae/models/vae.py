@@ -162,7 +162,7 @@ class VAE(Hub, Model):
                 "model: has a decoder of its own, expected VAE.mlp or VAE.conv; use decode_mean(z)"
             )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        z = temperature * torch.randn(n, self._config["latent_dim"], generator=generator)
+        z = temperature * torch.randn(n, self._config["latent_dim"], generator=generator, device="cpu")
         with evaluating(self):
             return self.decode_mean(z.to(next(self.parameters()).device))
 
