@@ -321,6 +321,13 @@ def test_only_known_layers_are_recorded() -> None:
         hooked = nn.Sequential(nn.Linear(2, 2))
         getattr(hooked[0], f"register_{register}")(lambda *_: None)
         assert not is_recordable(hooked)
+    for method in ("encode", "decode", "forward"):
+        changed = fastvae.VAE.mlp(ITEM, (8,), 3)
+        setattr(changed, method, lambda x: x)
+        assert not is_recordable(changed)
+    compiled = nn.Sequential(nn.Linear(2, 2))
+    compiled[0]._compiled_call_impl = compiled[0]._call_impl  # as by compile(), which takes seconds
+    assert not is_recordable(compiled)
 
 
 def test_a_learned_beta_is_trained(seed: int) -> None:

@@ -130,7 +130,7 @@ class Backward:
     def _by_parts(self, x: Tensor, share: Share) -> ELBOTerms:
         """`__call__` with the activations of one part of x at a time."""
         seed = random_bits(x.device)
-        summed = torch.zeros(len(ELBOTerms._fields), device=x.device)
+        summed = x.new_zeros(len(ELBOTerms._fields))
         first = share.first
         with self.weights.lent(), self._no_autocast:
             for part in x.chunk(self.accumulate):

@@ -21,6 +21,7 @@ from ..ops.products import Product
 _aten = torch.ops.aten
 _SAME_TENSOR = {_aten.detach.default, _aten.alias.default}  # where no autograd looks on
 _ELSE_WITHOUT_AUTOGRAD = {_aten.mkldnn_rnn_layer.default}  # of an LSTM: keeps nothing for its backward
+_METHODS = {"forward", "encode", "decode"}
 _SUM = _aten.sum.dim_IntList
 _PRODUCTS = {_aten.addmm.default: (1, 2, 0), _aten.mm.default: (0, 1)}  # where a, b and bias are
 # the same operations, called in half the time
@@ -66,10 +67,13 @@ def record(function: Callable[..., tuple[Any, ...]], *inputs: Tensor) -> tuple[t
 def is_recordable(*modules: nn.Module) -> bool:
     """Whether these modules do the same tensor operations at each call, as far as one can know.
 
-    So do the layers of torch and the models here, without hooks; of other code nothing is known.
+    So do the layers of torch and the models here, without hooks; of other code nothing is known, such as
+    methods that an instance was given, and what torch.compile makes of one.
     """
     return all(
         type(module).__module__.startswith(("torch.nn.", "fastvae."))
+        and vars(module).keys().isdisjoint(_METHODS)
+        and module._compiled_call_impl is None
         and not any((module._forward_pre_hooks, module._forward_hooks))
         and not any((module._backward_pre_hooks, module._backward_hooks))
         for top in modules
