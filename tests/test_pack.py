@@ -139,6 +139,7 @@ def test_other_sources(rng: np.random.Generator, tmp_path: Path) -> None:
         ({"source": np.zeros((2, 9), np.uint8), "channels": 1}, "expected it with a folder of images only"),
         ({"dst": "p.png"}, r"dst is '.*p.png', expected a name that ends in .npy"),
         ({"size": 0}, "size is 0, expected 1 to"),
+        ({"size": 9000}, "size is 9000, expected 1 to 8192"),
         ({"workers": 0}, "workers is 0, expected 1 to"),
         ({"channels": 2}, "channels is 2, expected 1 or 3"),
         ({"on_error": "ask"}, "on_error is 'ask', expected one of stop, skip, list"),
@@ -151,10 +152,21 @@ def test_what_cannot_be_packed(photos: Path, tmp_path: Path, arguments: dict[str
     assert left(photos) == []
 
 
+def test_a_folder_is_not_replaced_and_nothing_is_no_folder(tmp_path: Path, capsys) -> None:
+    (tmp_path / "p.npy").mkdir()
+    with pytest.raises(DataError, match=r"p\.npy: a folder, expected the name of a file"):
+        pack(np.zeros((2, 9), np.uint8), tmp_path / "p.npy", overwrite=True)
+    assert main(["data", "pack", "", str(tmp_path / "q.npy")]) == 2
+    assert "no dataset or path named ''" in capsys.readouterr().err
+    assert left(tmp_path / "p.npy") == []
+
+
 def test_nan_is_refused_where_it_was_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastvae.data.arrays._SCAN_BYTES", 8)  # of a mapped file
-    np.save(tmp_path / "x.npy", np.array([[0.5, 1.0], [0.0, np.nan]]))
-    with pytest.raises(DataError, match=r"x\.npy: values from nan to nan in samples 0 to 1, expected"):
+    x = np.zeros((40, 2))
+    x[1, 1] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(DataError, match=r"x\.npy: values from nan to nan in samples 0 to 39, expected"):
         pack(tmp_path / "x.npy", tmp_path / "p.npy")
 
 
@@ -260,6 +272,66 @@ def test_an_array_goes_on(rng: np.random.Generator, tmp_path: Path) -> None:
     pack(tmp_path / "x.npy", tmp_path / "p.npy", report=lambda what, done, total: said.append(done))
     assert said[0] > 30
     assert np.array_equal(np.load(tmp_path / "p.npy"), x)
+
+
+@pytest.mark.parametrize("limit", [500, 2500])
+def test_what_a_loader_makes_goes_on(tmp_path: Path, limit: int) -> None:
+    """Where the last piece is a short one and all are there too, before the checksum."""
+    shapes = ShapeSource(2500)
+    with pytest.raises(Interrupt):
+        pack(shapes, tmp_path / "p.npy", report=interrupted_after(limit))
+    pack(shapes, tmp_path / "p.npy")
+    pack(shapes, tmp_path / "whole.npy")
+    assert np.array_equal(np.load(tmp_path / "p.npy"), np.load(tmp_path / "whole.npy"))
+    assert np.array_equal(open_source(tmp_path / "p.npy").y, shapes.y)
+
+
+class Items(torch.utils.data.Dataset):
+    """Items of 100 x 100 pixels, all the item's number, with labels from -3 on."""
+
+    def __len__(self) -> int:
+        return 250
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return np.full((1, 100, 100), i, np.uint8), i - 3
+
+
+def test_labels_that_come_with_items_are_kept(tmp_path: Path) -> None:
+    with pytest.raises(Interrupt):
+        pack(Items(), tmp_path / "p.npy", report=interrupted_after(110))
+    state = json.loads((tmp_path / "p.npy.partial" / "state.json").read_text())
+    state["labels"].append(7)  # of rows for which there was no room
+    (tmp_path / "p.npy.partial" / "state.json").write_text(json.dumps(state))
+    pack(Items(), tmp_path / "p.npy")
+    source = open_source(tmp_path / "p.npy")
+    assert source.x[:, 0, 0].tolist() == list(range(250))
+    assert source.y.tolist() == list(range(-3, 247))
+
+
+def test_other_samples_of_the_same_shape_are_not_gone_on_with(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    x = rng.random((64, 200, 200)).astype(np.float32)
+    with pytest.raises(Interrupt):
+        pack(x, tmp_path / "p.npy", report=interrupted_after(30))
+    with pytest.raises(DataError, match=r"begun with data .*, now asked for .*; begin anew with --overwrite"):
+        pack(1 - x, tmp_path / "p.npy")
+
+
+def test_a_piece_is_small_when_the_samples_become_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    append = partial.Partial.append
+
+    def counted(self: partial.Partial, state: partial.State, rows: np.ndarray, digest: str) -> None:
+        sizes.append(rows.nbytes)
+        append(self, state, rows, digest)
+
+    monkeypatch.setattr(partial.Partial, "append", counted)
+    pack(np.zeros((300, 4, 4), np.uint8), tmp_path / "p.npy", size=200)
+    assert sum(sizes) == 300 * 200 * 200
+    assert max(sizes) <= 1 << 22
 
 
 def changed(photos: Path) -> None:
@@ -409,6 +481,14 @@ def no_numbers(said: dict[str, Any]) -> None:
     said["labels"][3] = "three"
 
 
+def not_a_class(said: dict[str, Any]) -> None:
+    said["labels"][3] = -1
+
+
+def too_large(said: dict[str, Any]) -> None:
+    said["labels"][3] = 2**63
+
+
 def incomplete(said: dict[str, Any]) -> None:
     del said["sha256"]
 
@@ -421,6 +501,8 @@ def incomplete(said: dict[str, Any]) -> None:
         (short_of_labels, r"says 39 labels for 40 samples"),
         (short_of_classes, r"says label 1 with 1 classes"),
         (no_numbers, r"labels.3: input should be a valid integer"),
+        (not_a_class, r"says label -1 with 2 classes"),
+        (too_large, r"labels.3: input should be less than 9223372036854775808"),
         (incomplete, r"sha256: field required"),
     ],
 )

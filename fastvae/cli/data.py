@@ -117,7 +117,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     from ..data.sources import is_image_folder
 
     source: Any = Path(arguments.source)
-    if not is_image_folder(source):
+    if not arguments.source or not is_image_folder(source):
         source = resolve(arguments.source).train
     partial = f"{arguments.destination}.partial"
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .arrays import ArraySource
@@ -19,6 +20,7 @@ from .images import ImageError, Pixels, squared
 from .loader import DataLoader
 from .partial import StaleError, State
 from .source import Array, DataError, Source
+from .state import fingerprint
 
 _PIECE_BYTES = 1 << 22
 
@@ -147,7 +149,9 @@ class SourceFeed:
             "size": size,
             "samples": [source.n_samples, *source.item_shape],
             "modified": _modified(source.name),
+            "data": fingerprint(source, None),
         }
+        self._labels = None if source.y is None else source.y.tolist()
         if size is not None and (len(source.item_shape) != 3 or source.item_shape[0] not in (1, 3, 4)):
             got = " x ".join(map(str, source.item_shape))
             raise DataError(
@@ -155,28 +159,39 @@ class SourceFeed:
             )
 
     def begin(self, state: State | None) -> tuple[tuple[int, ...], int]:
-        return self._pixels(next(self._pieces(0)), 0).shape[1:], self._source.n_samples
+        x, _ = next(self._pieces(0, 1))
+        return self._pixels(x, 0).shape[1:], self._source.n_samples
 
     def rows(self, state: State) -> Iterator[tuple[Pixels, str]]:
-        first = state.rows
-        for piece in self._pieces(first):
-            yield self._pixels(piece, first), ""
-            first += len(piece)
+        first, row = state.rows, max(4 * math.prod(self._source.item_shape), math.prod(state.shape))
+        comes_with_labels = self._source.y is None and self._source.has_labels
+        if comes_with_labels:
+            del state.labels[first:]  # of rows that could not be written
+            self._labels = state.labels
+        for x, y in self._pieces(first, max(1, _PIECE_BYTES // row)):
+            if comes_with_labels:
+                state.labels += y.tolist()
+            yield self._pixels(x, first), ""
+            first += len(x)
 
     def labels(self) -> list[int] | None:
-        return None if self._source.y is None else self._source.y.tolist()
+        return self._labels
 
-    def _pieces(self, first: int) -> Iterator[Array]:
-        """Samples from `first` on, a multiple of the pieces' length."""
-        step = max(1, _PIECE_BYTES // max(1, 4 * math.prod(self._source.item_shape)))
-        if isinstance(self._source, ArraySource):
-            source = self._source
-            yield from (source.read(slice(i, i + step)) for i in range(first, source.n_samples, step))
+    def _pieces(self, first: int, step: int) -> Iterator[tuple[Array, Array]]:
+        """Samples from `first` on, `step` at a time, and the labels that a loader gives with them."""
+        source, none = self._source, torch.empty(0, dtype=torch.int64)
+        if isinstance(source, ArraySource):
+            for i in range(first, source.n_samples, step):
+                yield source.read(slice(i, i + step)), none.numpy()
             return
-        loader = DataLoader(self._source, step, num_workers=0)
+        loader = DataLoader(source, step, num_workers=0)
         loader.set_epoch(0, first // step)
+        done = first % step  # of the first batch, where a pack was stopped after the last one
         for batch in loader:
-            yield (batch[0] if isinstance(batch, tuple) else batch).numpy()
+            x, y = batch if isinstance(batch, tuple) else (batch, none)
+            if len(x) > done:
+                yield x[done:].numpy(), y[done:].numpy()
+            done = 0
 
     def _pixels(self, x: Array, first: int) -> Pixels:
         """uint8 of floating point, images of the size asked for, grey ones without an axis for channels."""

@@ -15,6 +15,8 @@ from .source import DataError
 from .sources import SourceLike, as_source, is_image_folder
 
 OnError = Literal["stop", "skip", "list"]
+_LARGEST_SIZE = 8192  # whose square is an image that is not refused for its size
+_MOST_WORKERS = 256  # each has images in memory
 
 
 def pack(
@@ -44,6 +46,8 @@ def pack(
     """
     dst = Path(dst)
     _check_arguments(dst, size, channels, workers, on_error)
+    if dst.is_dir():
+        raise DataError(f"{dst}: a folder, expected the name of a file")
     if dst.exists() and not overwrite:
         raise DataError(f"{dst}: exists already; --overwrite replaces it")
     feed: Feed
@@ -120,6 +124,6 @@ def _check_arguments(
         raise DataError(f"on_error is {on_error!r}, expected one of {', '.join(get_args(OnError))}")
     if channels not in (None, 1, 3):
         raise DataError(f"channels is {channels}, expected 1 or 3")
-    for name, number in (("size", size), ("workers", workers)):
-        if number is not None and not 1 <= number <= 2**16:
-            raise DataError(f"{name} is {number}, expected 1 to {2**16}")
+    for name, number, most in (("size", size, _LARGEST_SIZE), ("workers", workers, _MOST_WORKERS)):
+        if number is not None and not 1 <= number <= most:
+            raise DataError(f"{name} is {number}, expected 1 to {most}")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .source import DataError
 
 Count = Annotated[int, Field(ge=0)]
+Label = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _PIECE = 1 << 20
 
 
@@ -31,7 +32,7 @@ class Packed(BaseModel):
     source: str
     size: int | None = None  # of --size
     classes: tuple[str, ...] = ()
-    labels: tuple[Count, ...] | None = None
+    labels: tuple[Label, ...] | None = None
     skipped: dict[str, str] = {}  # name of an image -> what was wrong with it
     fastvae: str = ""  # its version
 
@@ -114,7 +115,7 @@ def _check(packed: Packed, array: Path, shape: tuple[int, ...] | None) -> None:
         problem = f"channels last for shape {list(packed.shape)}"
     elif packed.labels is not None and len(packed.labels) != n:
         problem = f"{len(packed.labels)} labels for {n} samples"
-    elif packed.labels and packed.classes and max(packed.labels) >= len(packed.classes):
-        problem = f"label {max(packed.labels)} with {len(packed.classes)} classes"
+    elif packed.classes and (other := set(packed.labels or ()) - set(range(len(packed.classes)))):
+        problem = f"label {max(other)} with {len(packed.classes)} classes"
     if problem:
         raise DataError(f"{path}: says {problem}; pack again, or remove the JSON if it is not of this file")

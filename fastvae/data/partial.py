@@ -36,6 +36,7 @@ class State:
     rows: int = 0
     digest: str = ""  # of the stamps of the files that the rows are of
     skipped: dict[str, str] = field(default_factory=dict)  # stamp of a file -> what is wrong with it
+    labels: list[int] = field(default_factory=list)  # of the rows, where they come with them
 
 
 class Partial:
