@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,6 +240,20 @@ def test_folders_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], None
     make(tmp_path / "set")
     with pytest.raises(DataError, match=message):
         open_source(tmp_path / "set")
+
+
+def test_a_folder_may_be_deep(tmp_path: Path) -> None:
+    depth = sys.getrecursionlimit() + 100
+    inner = [tmp_path / ("a/" * n) for n in range(1, depth + 1)]
+    for folder in inner:
+        folder.mkdir()
+    save(np.zeros((4, 4), np.uint8), inner[-1] / "a.png")
+    try:
+        assert open_source(tmp_path).n_samples == 1
+    finally:
+        (inner[-1] / "a.png").unlink()
+        for folder in reversed(inner):  # what removes tmp_path goes as deep
+            folder.rmdir()
 
 
 def test_too_much_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

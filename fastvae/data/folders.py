@@ -69,7 +69,25 @@ def image_files(folder: Path) -> Iterator[ImageFile]:
 
     Names that begin with a dot are passed over. One folder's names are held at a time. Raises DataError.
     """
-    yield from _walk(folder, "", ())
+    ahead: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # below the folder; what each is in
+    while ahead:
+        below, above = ahead.pop()
+        here = folder / below
+        try:
+            state = here.stat()
+            if (identity := (state.st_dev, state.st_ino)) in above:
+                raise DataError(f"{here}: a link to a folder that it lies in; remove it")
+            with os.scandir(here) as entries:
+                visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+            for entry in visible:
+                if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                    state = entry.stat()
+                    top = below.split("/", 1)[0]
+                    yield ImageFile(below + entry.name, top, state.st_size, state.st_mtime_ns)
+        except OSError as error:
+            raise DataError(f"{error.filename or here}: {error.strerror}") from error
+        inner = (f"{below}{entry.name}/" for entry in reversed(visible) if entry.is_dir())
+        ahead += [(name, (*above, identity)) for name in inner]
 
 
 def classes_of(folder: Path) -> tuple[int, tuple[str, ...]]:
@@ -221,26 +239,6 @@ def in_threads(
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _walk(folder: Path, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[ImageFile]:
-    here = folder / below
-    try:
-        state = here.stat()
-        if (identity := (state.st_dev, state.st_ino)) in above:
-            raise DataError(f"{here}: a link to a folder that it lies in; remove it")
-        with os.scandir(here) as entries:
-            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-        for entry in visible:
-            if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                state = entry.stat()
-                top = below.split("/", 1)[0]
-                yield ImageFile(below + entry.name, top, state.st_size, state.st_mtime_ns)
-    except OSError as error:
-        raise DataError(f"{error.filename or here}: {error.strerror}") from error
-    for entry in visible:
-        if entry.is_dir():
-            yield from _walk(folder, f"{below}{entry.name}/", (*above, identity))
 
 
 def _others(folder: Path) -> str:

@@ -274,7 +274,7 @@ class DataLoader:
         Of B rows rank r has those from ceil(r B / world_size) to ceil((r + 1) B / world_size): a last batch
         of less than world_size rows leaves the last ranks with batches of 0 rows.
         """
-        self.world_size = arguments.integer("world_size", world_size, 1, 2**31)
+        self.world_size = arguments.integer("world_size", world_size, 1, 2**31 - 1)
         self.rank = arguments.integer("rank", rank, 0, self.world_size - 1)
 
     def __len__(self) -> int:
