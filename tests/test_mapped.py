@@ -213,6 +213,16 @@ def test_watched_is_what_lies_in_a_file(tmp_path: Path) -> None:
         assert mapped.mapped_file(in_memory) is None
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", " a ", "a\\b", "a (deleted)", "a\x1b\u2028", "a\udcff"])
+def test_a_file_is_watched_whatever_its_name(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path, numbered(10)).rename(tmp_path / name)
+    kept = np.memmap(path, np.uint8, "r")  # whose name is met when another is looked for
+    file = mapped.mapped_file(kept)
+    assert file is not None
+    assert file.watch.name == f"{tmp_path}/{name}".encode(errors="backslashreplace").decode()
+    assert len(list(DataLoader(saved(tmp_path, numbered(10)), 5))) == 2
+
+
 def test_files_in_shared_memory_are_watched_too() -> None:
     if not os.access("/dev/shm", os.W_OK):
         pytest.skip("needs /dev/shm")

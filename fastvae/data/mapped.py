@@ -51,17 +51,18 @@ def mapped_file(x: npt.NDArray[Any]) -> MappedFile | None:
     if root.flags.owndata:
         return None
     address = x.ctypes.data
-    for line in _MAPPINGS.read_bytes().splitlines():
+    for line in _MAPPINGS.read_bytes().removesuffix(b"\n").split(b"\n"):
         extent, allowed, offset, _, inode, *path = line.split(maxsplit=5)
         begin, end = (int(bound, 16) for bound in extent.split(b"-"))
         if begin <= address < end:
             break
     else:
         return None
-    if inode == b"0" or not path or not os.path.isfile(path[0]):
+    name = path[0].replace(b"\\012", b"\n") if path else b""  # as line breaks in it are shown
+    if inode == b"0" or not os.path.isfile(name):
         return None
     writable, shared = b"w" in allowed, b"s" in allowed
-    watch = _native.WatchedFile(path[0], _printable(os.fsdecode(path[0])), writable and shared)
+    watch = _native.WatchedFile(name, _printable(os.fsdecode(name)), writable and shared)
     file = MappedFile(int(offset, 16) + address - begin, shared, not writable, watch)
     steps = sum((size - 1) * max(0, stride) for size, stride in zip(x.shape, x.strides, strict=True))
     if x.size and watch.size < (end := file.offset + steps + x.itemsize):
