@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels.columns import feature_scale_gradient_kernel, latent_kl_kernel
 from ..kernels.elbo import elbo_backward_kernel, elbo_forward_kernel
+from .launch import launch
 from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 # Autograd's backward has the upstream scalar, and a forward that made the gradients would wait to read it.
@@ -121,7 +122,7 @@ def _forward(inputs: Inputs, spec: Spec, extents: Extents, gradients: Gradients)
         stride_kl_given=_row_stride(inputs.kl), constant=spec.constant,
         SAMPLE=spec.sample, PER_SAMPLE=reconstructs and spec.per_sample,
     )  # fmt: skip
-    _launch(elbo_forward_kernel, device, (cut.row_programs, cut.splits), arguments)
+    launch(elbo_forward_kernel, device, (cut.row_programs, cut.splits), arguments)
     return Forward(loss, recon, kl_term, z, kl_rows)
 
 
@@ -175,7 +176,7 @@ def backward(inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward, ne
         stride_g_z_sample=g_z_strides[0], stride_g_z_row=g_z_strides[1], stride_g_z_col=g_z_strides[2],
     )  # fmt: skip
     if of_features or of_latents or needs.kl:
-        _launch(elbo_backward_kernel, device, (cut.row_programs, cut.splits), arguments)
+        launch(elbo_backward_kernel, device, (cut.row_programs, cut.splits), arguments)
     if needs.log_scale and by_feature:
         d_log_scale = _feature_scale_gradient(inputs, spec, extents, arguments)
     return Gradients(d_x_hat, d_mu, d_logvar, d_kl, d_log_scale)
@@ -198,7 +199,7 @@ def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents) -> Tensor:
         "stride_weight": _row_stride(inputs.weight), "CLAMP": spec.logvar_clamp is not None,
         "ROWS": rows, "BLOCK": block, "num_warps": 4,
     }  # fmt: skip
-    _launch(latent_kl_kernel, device, grid, arguments)
+    launch(latent_kl_kernel, device, grid, arguments)
     return out.sum(0)
 
 
@@ -216,7 +217,7 @@ def _feature_scale_gradient(
         "p_log_scale": flat, "stride_log_scale": flat.stride(0), "p_out": out,
         "ROWS": rows, "BLOCK": block, "num_warps": 4,
     }  # fmt: skip
-    _launch(feature_scale_gradient_kernel, device, grid, {**shared, **own})
+    launch(feature_scale_gradient_kernel, device, grid, {**shared, **own})
     return out.sum(0).reshape(log_scale.shape).to(log_scale.dtype)
 
 
@@ -275,14 +276,6 @@ def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -
         "GROUPED": latents % 4 == 0, "SAMPLE_UNIT": unit,
         "ROWS": cut.rows, "BLOCK_D": cut.block_d, "BLOCK_Z": cut.block_z, "num_warps": cut.warps,
     }  # fmt: skip
-
-
-def _launch(kernel: Any, device: torch.device, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](**arguments)
-    else:
-        kernel[grid](**arguments)
 
 
 def _matrix(tensor: Tensor | None, rows: int, columns: int) -> tuple[Tensor | None, tuple[int, int]]:

@@ -12,10 +12,13 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from cases import CASES, compile_case, elbo, gathered, sampling
 from launches import Compiled, Launch, NoGPU, record, source
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+import fastvae.ops.launch
 from fastvae.data import Transform
 from fastvae.ops import triton as launcher
 
@@ -127,6 +130,38 @@ def test_triton_takes_what_it_is_handed(monkeypatch: pytest.MonkeyPatch) -> None
         gathered(1, 28, 28, batch=batch, first=batch)()
         assert gpu.loaded == made
     assert gpu.launched[-3:] == [(1, 1, 1)] * 3
+
+
+def test_launches_are_of_what_triton_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched again, and so not by Triton, for arguments that differ in what may be compiled in."""
+    monkeypatch.setattr(driver, "_active", NoGPU())
+    monkeypatch.setattr(fastvae.ops.launch, "_compiled", {})
+    used: list[CompiledKernel] = []
+    get = CompiledKernel.__getitem__
+    monkeypatch.setattr(
+        CompiledKernel, "__getitem__", lambda self, grid: (used.append(self), get(self, grid))[1]
+    )
+    builds = [
+        elbo(128, 784, 20),
+        elbo(37, 784, 20, beta=0.3),
+        elbo(128, 785, 20),
+        elbo(128, 784, 20, dtype=torch.bfloat16),
+        elbo(128, 784, 20, x_dtype=torch.uint8),
+        elbo(128, 784, 20, beta=torch.ones(()), weighted=True),
+    ]
+    launches = [record(build)[0] for build in builds]
+    aligned = launches[0].arguments
+    moved = torch.empty(128 * 784 + 1)[1:].view(128, 784)
+    launches += [
+        Launch(launches[0].kernel, launches[0].grid, {**aligned, name: moved}) for name in ("p_x", "p_x_hat")
+    ]
+    for _ in range(2):
+        for launch in launches:
+            fastvae.ops.launch.launch(launch.kernel, torch.device("cpu"), launch.grid, launch.arguments)
+    expected = [launch.kernel[launch.grid](**launch.arguments) for launch in launches]
+    assert len(used) == len(launches) + 1  # at once for another batch and another beta
+    assert all(one is other for one, other in zip(used[1:], expected, strict=True))
+    assert len(set(map(id, expected))) == len(launches) - 1
 
 
 def _odd_elbo(batch: int, features: int, latents: int, beta: float = 1.0) -> Callable[[], None]:

@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastvae.data import gather
+from fastvae.data.gather import gather_kernel
 from fastvae.ops import triton as launcher
 
 _TYPES = {
@@ -51,33 +53,20 @@ class Compiled:
     ptx: str
 
 
-class _Recorder:
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
-        self.arg_names = kernel.arg_names
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda **arguments: self.launches.append(Launch(self.kernel, grid, arguments))
-
-
 def record(call: Any) -> list[Launch]:
     """The launches of `call()`, which runs nothing."""
     launches: list[Launch] = []
-    names = (
-        "elbo_forward_kernel",
-        "elbo_backward_kernel",
-        "latent_kl_kernel",
-        "feature_scale_gradient_kernel",
-    )
-    kernels = [(launcher, name, getattr(launcher, name)) for name in names]
-    kernels.append((gather, "gather_kernel", gather.gather_kernel))
-    try:
-        for module, name, kernel in kernels:
-            setattr(module, name, _Recorder(kernel, launches))
+
+    class Gathers:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda **arguments: launches.append(Launch(gather_kernel, grid, arguments))
+
+    def launch(kernel: Any, _: torch.device, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        launches.append(Launch(kernel, grid, arguments))
+
+    gathers = mock.patch.object(gather, "gather_kernel", Gathers())
+    with mock.patch.object(launcher, "launch", launch), gathers:
         call()
-    finally:
-        for module, name, kernel in kernels:
-            setattr(module, name, kernel)
     return launches
 
 
