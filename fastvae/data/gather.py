@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from ..kernels.gather import gather_kernel
+from ..launch import launch
 from .transform import Transform
 
 _WARPS = 8  # of a program at the most
@@ -86,9 +87,9 @@ class Gather:
         """
         if len(out) == 0:
             return
-        with torch.cuda.device_of(out):
-            gather_kernel[(len(out) * self._pieces,)](
-                p_data=data, p_rows=rows, p_numbers=numbers, p_affine=self._affine,
-                p_labels=labels, p_out=out, p_labels_out=labels_out,
-                first=first, key=key, **self._constants,
-            )  # fmt: skip
+        arguments = {
+            "p_data": data, "p_rows": rows, "p_numbers": numbers, "p_affine": self._affine,
+            "p_labels": labels, "p_out": out, "p_labels_out": labels_out,
+            "first": first, "key": key, **self._constants,
+        }  # fmt: skip
+        launch(gather_kernel, out.device, (len(out) * self._pieces,), arguments)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.columns import feature_scale_gradient_kernel, latent_kl_kernel
 from ..kernels.elbo import elbo_backward_kernel, elbo_forward_kernel
-from .launch import launch
+from ..launch import launch
 from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 # Autograd's backward has the upstream scalar, and a forward that made the gradients would wait to read it.

@@ -18,7 +18,7 @@ from launches import Compiled, Launch, NoGPU, record, source
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-import fastvae.ops.launch
+import fastvae.launch
 from fastvae.data import Transform
 from fastvae.ops import triton as launcher
 
@@ -135,7 +135,7 @@ def test_triton_takes_what_it_is_handed(monkeypatch: pytest.MonkeyPatch) -> None
 def test_launches_are_of_what_triton_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launched again, and so not by Triton, for arguments that differ in what may be compiled in."""
     monkeypatch.setattr(driver, "_active", NoGPU())
-    monkeypatch.setattr(fastvae.ops.launch, "_compiled", {})
+    monkeypatch.setattr(fastvae.launch, "_compiled", {})
     used: list[CompiledKernel] = []
     get = CompiledKernel.__getitem__
     monkeypatch.setattr(
@@ -148,6 +148,8 @@ def test_launches_are_of_what_triton_finds(monkeypatch: pytest.MonkeyPatch) -> N
         elbo(128, 784, 20, dtype=torch.bfloat16),
         elbo(128, 784, 20, x_dtype=torch.uint8),
         elbo(128, 784, 20, beta=torch.ones(()), weighted=True),
+        gathered(784),
+        gathered(784, dtype=torch.bfloat16),
     ]
     launches = [record(build)[0] for build in builds]
     aligned = launches[0].arguments
@@ -157,7 +159,7 @@ def test_launches_are_of_what_triton_finds(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     for _ in range(2):
         for launch in launches:
-            fastvae.ops.launch.launch(launch.kernel, torch.device("cpu"), launch.grid, launch.arguments)
+            fastvae.launch.launch(launch.kernel, torch.device("cpu"), launch.grid, launch.arguments)
     expected = [launch.kernel[launch.grid](**launch.arguments) for launch in launches]
     assert len(used) == len(launches) + 1  # at once for another batch and another beta
     assert all(one is other for one, other in zip(used[1:], expected, strict=True))

@@ -28,10 +28,10 @@ _readers: dict[Any, _Reader] = {}
 _compiled: dict[Any, Any] = {}
 
 
-def launch(kernel: Any, device: torch.device, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
+def launch(kernel: Any, device: torch.device, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """kernel[grid](**arguments) on the current stream of `device`.
 
-    arguments: of the kernel, by name, those that begin with p_ being tensors or None; and num_warps.
+    arguments: of the kernel, by name, those that begin with p_ being tensors or None; and options.
     """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -49,16 +49,16 @@ def launch(kernel: Any, device: torch.device, grid: tuple[int, int], arguments: 
     key = kernel.fn, device, read.fixed(arguments), *likeness
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[(*grid, 1)](*values)
+        compiled[(*grid, 1, 1)](*values)
         return
     if len(_compiled) == MOST_COMPILED:
         _compiled.clear()
-    _compiled[key] = kernel[grid](*values, num_warps=arguments["num_warps"])
+    _compiled[key] = kernel[grid](**arguments)
 
 
 def _reader(kernel: Any, arguments: dict[str, Any]) -> _Reader:
     names = [parameter.name for parameter in kernel.params]
     pointers = [name for name in names if name.startswith("p_")]
     free = {p.name for p in kernel.params if p.do_not_specialize or isinstance(arguments[p.name], float)}
-    fixed = [name for name in names if name not in pointers and name not in free]
-    return _Reader(itemgetter(*names), itemgetter(*pointers), itemgetter(*fixed, "num_warps"))
+    fixed = [name for name in arguments if name not in pointers and name not in free]
+    return _Reader(itemgetter(*names), itemgetter(*pointers), itemgetter(*fixed))
