@@ -291,14 +291,36 @@ def test_what_is_frozen_meanwhile_stays(seed: int, tape: bool, dtype: torch.dtyp
             assert torch.equal(p, before[name]) == (frozen and name.startswith("encoder")), name
 
 
-def test_weights_written_between_epochs_are_taken_up(seed: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("by", ["copy_", "data"])
+def test_weights_written_between_epochs_are_taken_up(seed: int, by: str, dtype: torch.dtype) -> None:
+    """As by p.data.clamp_(-1, 1), or p.data = p.data.clamp(-1, 1)."""
     torch.manual_seed(seed)
-    step = TrainStep(fastvae.VAE.mlp(ITEM, (8,), 3), fastvae.ELBOLoss(), amp_dtype=torch.bfloat16)
-    with torch.no_grad():
-        step.model.decoder.layers[0].weight.fill_(3)
+    model = fastvae.VAE.mlp(ITEM, (8,), 3, likelihood="gaussian")
+    step, x = TrainStep(model, negative_elbo(model), amp_dtype=dtype), torch.rand(4, *ITEM)
+    step(x)
+    for p in model.parameters():
+        if by == "data":
+            p.data = torch.full_like(p, 0.125)
+        else:
+            p.data.fill_(0.125)
     step.reset()
-    assert step.weights.copies is not None
-    assert torch.equal(step.weights.copies, step.weights.flat.bfloat16())
+    for p in model.parameters():
+        assert (p == 0.125).all()
+    step(x)
+    for p in model.parameters():
+        assert ((p - 0.125).abs() < 0.1).all()
+        assert (p != 0.125).any()
+    if step.weights.copies is not None:
+        assert torch.equal(step.weights.copies, step.weights.flat.bfloat16())
+
+
+def test_parameters_in_the_place_of_others_are_refused() -> None:
+    model = fastvae.VAE.mlp(ITEM, (8,), 3)
+    step = TrainStep(model, fastvae.ELBOLoss())
+    model.decoder.layers[0] = nn.Linear(3, 8)
+    with pytest.raises(ModelError, match=r"another parameter as decoder\.layers\.0\.weight in the training"):
+        step.reset()
 
 
 def test_what_was_frozen_at_first_cannot_be_trained_later() -> None:

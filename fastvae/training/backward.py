@@ -190,8 +190,8 @@ class Backward:
         return (*terms, *(next(found) if leaf.requires_grad else None for leaf in self.leaves))
 
     def reset(self) -> None:
-        """Follow what the model's owner has frozen, and forget the tapes if it was changed."""
-        self.weights.follow_freezing()
+        """Follow what the model's owner has frozen and written, and forget the tapes if it was changed."""
+        self.weights.follow(self.model)
         if not self._records or not is_recordable(self.model, self.loss):
             self.tapes = None
             return

@@ -296,7 +296,6 @@ class TrainStep:
         Weights that a callback has written are taken up, too.
         """
         self._buffers.refresh()
-        self.weights.refresh_copies()
         self.backward.reset()
         if self.graphs is not None:
             self.graphs.reset(self._why_not_captured())

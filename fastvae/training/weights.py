@@ -43,14 +43,16 @@ class FlatWeights:
     def __init__(
         self, model: nn.Module, amp_dtype: torch.dtype = torch.float32, exclude: Iterable[nn.Parameter] = ()
     ) -> None:
-        left_out = {id(p) for p in exclude}
+        excluded = list(exclude)
+        left_out = {id(p) for p in excluded}
         own = {
             name: p
             for name, p in model.named_parameters()
             if p.dtype == torch.float32 and id(p) not in left_out
         }
         named = {name: p for name, p in own.items() if p.requires_grad}
-        self._frozen = {name: p for name, p in own.items() if not p.requires_grad}
+        self._known = {id(p) for p in model.parameters() if p.requires_grad}
+        self._frozen = [p for p in own.values() if not p.requires_grad]
         self.names, self._parameters = list(named), list(named.values())
         device = self._parameters[0].device if self._parameters else None
         n = sum(map(_padded, self._parameters))
@@ -59,6 +61,7 @@ class FlatWeights:
         for parameter, view in zip(self._parameters, self.views(self.flat.detach()), strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
+        self._places = [(p, p.detach()) for p in (*self._parameters, *excluded)]
         self.gradients: list[Tensor] = []
         self.summed: list[Tensor | None] | None = None
 
@@ -94,19 +97,30 @@ class FlatWeights:
             for module, name, parameter, _ in self._swaps:
                 module._parameters[name] = parameter
 
-    def follow_freezing(self) -> None:
-        """Train what requires gradients now, and nothing else.
+    def follow(self, model: nn.Module) -> None:
+        """Train what requires gradients now, and nothing else, from what its values are now.
 
-        Raises ModelError for a parameter that required none at first, and so is not among these.
+        Raises ModelError for a parameter that required none at first or was not there, and so is not trained.
         """
-        for _, _, parameter, copy in self._swaps:
-            copy.requires_grad_(parameter.requires_grad)
-        for name, parameter in self._frozen.items():
-            if parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad or id(parameter) in self._known:
+                continue
+            if id(parameter) in map(id, self._frozen):
                 raise ModelError(
                     f"model: got {name} unfrozen in the training, expected it to require gradients at its "
                     "beginning; freeze it in on_start of a callback"
                 )
+            raise ModelError(
+                f"model: got another parameter as {name} in the training, expected those of its beginning; "
+                "write into what is there, as by copy_()"
+            )
+        for parameter, place in self._places:
+            if parameter.data_ptr() != place.data_ptr():  # its owner has set `data`
+                place.copy_(parameter.detach())
+                parameter.data = place
+        for _, _, parameter, copy in self._swaps:
+            copy.requires_grad_(parameter.requires_grad)
+        self.refresh_copies()
 
     def are_finite(self) -> bool:
         """Whether all weights are; waits for the device."""
