@@ -315,6 +315,21 @@ def test_weights_written_between_epochs_are_taken_up(seed: int, by: str, dtype: 
         assert torch.equal(step.weights.copies, step.weights.flat.bfloat16())
 
 
+def test_weights_may_move_into_shared_memory(seed: int) -> None:
+    """As share_memory() moves them, and a torch.multiprocessing.Queue that is given a state_dict."""
+    results, x = [], torch.rand(4, *ITEM)
+    for moves in (False, True):
+        torch.manual_seed(seed)
+        model = fastvae.VAE.mlp(ITEM, (8,), 3, likelihood="gaussian")
+        step = TrainStep(model, negative_elbo(model))
+        step(x)
+        if moves:
+            model.share_memory()
+        step(x)
+        results.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert torch.equal(*results)
+
+
 def test_parameters_in_the_place_of_others_are_refused() -> None:
     model = fastvae.VAE.mlp(ITEM, (8,), 3)
     step = TrainStep(model, fastvae.ELBOLoss())

@@ -44,7 +44,7 @@ class NativeAdam:
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in learned_by_loss]
         self.ema_decay = ema_decay
         self.averages = [] if ema_decay is None else averages_of(weights, learned_by_loss)
-        self._parts = self._find_parts()
+        self._addresses: list[int] = []  # for which `_parts` is
 
     def set_lr(self, lr: float) -> None:
         """Use another learning rate from the next `step` on."""
@@ -81,6 +81,9 @@ class NativeAdam:
             for leaf, gradient in zip(leaves, own, strict=True)
         ]
         at = [(0, 0) if g is None else (g.data_ptr(), DTYPE_CODES[g.dtype]) for g in gradients]
+        addresses = [t.data_ptr() for t in (self.weights.flat, *self.learned_by_loss)]
+        if addresses != self._addresses:  # as share_memory() changes them
+            self._addresses, self._parts = addresses, self._find_parts()
         threads = torch.get_num_threads()
         factor = 1.0
         if self.clip_norm is not None:
