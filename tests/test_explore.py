@@ -365,11 +365,19 @@ def test_what_cannot_be_done_is_said_in_a_line(run: Path, look) -> None:
     np.save("narrow.npy", np.zeros((5, 3), np.float32))
     np.save("integers.npy", np.zeros((5, LATENTS), int))
     Path("text.npy").write_text("no array")
+    with_nan = np.zeros((5, LATENTS))
+    with_nan[4, 1] = np.nan
+    np.save("nan.npy", with_nan)
     for command, options, problem in (
         ("sample", ["--temperature", "-1"], "--temperature: got -1.0, expected a number of at least 0"),
         ("sample", ["--components", 3], "--components: got 3, expected it with --from posterior only"),
         ("sample", ["--latents", "narrow.npy"], "--latents: got narrow.npy of 5 x 3, expected N x 4"),
         ("sample", ["--latents", "integers.npy"], "--latents: got integers.npy of int64"),
+        (
+            "decode",
+            ["--latents", "nan.npy", "--out", "x.npy"],
+            "--latents: got nan.npy: 1 value is NaN or infinite, the first nan at [4, 1]",
+        ),
         ("sample", ["--latents", "text.npy"], "--latents: got text.npy: not a .npy header"),
         (
             "decode",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from ..training.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data.arrays import ArraySource
     from .runs import Run
 
 
@@ -105,22 +104,27 @@ def save_batches(path: Path, shape: Sequence[int], batches: Iterable[Any]) -> No
             raise ValueError(f"batches: got {rows} rows, expected {shape[0]}")
 
 
-def load_latents(path: str, run: Run) -> ArraySource:
-    """The latents in a .npy, float [N, *latent], mapped and not read. Raises ConfigError."""
-    from ..data import DataError
-    from ..data.arrays import ArraySource
+def load_latents(path: str, run: Run, batch_size: int) -> tuple[int, Iterator[Tensor]]:
+    """How many latents are in a .npy, and batches of them, float32 [B, *latent], each read when asked for.
+
+    Raises ConfigError, and the batches DataError for what is not finite or has changed.
+    """
+    from ..data import DataError, DataLoader, source_from_arrays
     from ..data.formats import map_npy
+    from ..inference.evaluate import x_of
 
     if not os.path.exists(path):
         raise ConfigError("latents", f"got {path}, which is not there")
     try:
         z = map_npy(Path(path))
+        expected = f"N x {shape_of(run.latent_shape)}"
+        if z.shape[1:] != run.latent_shape:
+            got = shape_of(z.shape)
+            raise ConfigError("latents", f"got {path} of {got}, expected {expected}, as {run.folder}")
+        if z.dtype.kind != "f":
+            raise ConfigError("latents", f"got {path} of {z.dtype}, expected floating point")
+        source = source_from_arrays(z, name=path, channels_last=False)
     except DataError as error:
         raise ConfigError("latents", f"got {error}") from error
-    expected = f"N x {shape_of(run.latent_shape)}"
-    if z.shape[1:] != run.latent_shape or z.ndim < 2 or len(z) == 0:
-        got = shape_of(z.shape)
-        raise ConfigError("latents", f"got {path} of {got}, expected {expected}, as {run.folder}")
-    if z.dtype.kind != "f":
-        raise ConfigError("latents", f"got {path} of {z.dtype}, expected floating point")
-    return ArraySource(z, name=path)
+    batches = DataLoader(source, batch_size, num_workers=0)
+    return len(z), (x_of(batch).view(-1, *run.latent_shape) for batch in batches)

@@ -101,7 +101,8 @@ def _latents(opened: Run, arguments: argparse.Namespace) -> tuple[Tensor, str]:
     from ..inference import draw_prior, encode, fit_mixture
 
     if arguments.latents is not None:
-        z = torch.from_numpy(load_latents(arguments.latents, opened).read(slice(None)).astype("float32"))
+        _, batches = load_latents(arguments.latents, opened, arguments.batch_size)
+        z = torch.cat(list(batches))
         return z, f"{len(z):,} decoded from {arguments.latents}"
     n = N if arguments.n is None else arguments.n
     temperature = 1.0 if arguments.temperature is None else arguments.temperature
