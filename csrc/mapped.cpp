@@ -27,13 +27,13 @@ constexpr std::size_t kChecked = std::size_t{1} << 16;
 // NaN and infinity, by their exponent.
 inline bool is_finite(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7f800000U) != 0x7f800000U; }
 
-template <typename T>
-std::int64_t find_not_finite(const std::byte* row, std::int64_t n) {
+template <typename T, typename Fits>
+std::int64_t find_unfit(const std::byte* row, std::int64_t n, Fits fits) {
     const T* const x = reinterpret_cast<const T*>(row);
     bool all = true;
-    for (std::int64_t i = 0; i < n; ++i) all &= is_finite(static_cast<float>(x[i]));
+    for (std::int64_t i = 0; i < n; ++i) all &= fits(x[i]);
     if (all) return -1;
-    const T* const found = std::find_if(x, x + n, [](T value) { return !is_finite(static_cast<float>(value)); });
+    const T* const found = std::find_if_not(x, x + n, fits);
     return found == x + n ? -1 : found - x;
 }
 
@@ -155,6 +155,7 @@ struct MappedRows::Writing {
     const std::byte* const* addresses;
     std::int64_t n;
     std::byte* out;
+    bool binarizes;
     std::int64_t bad_row = -1;
     std::int64_t bad_value = -1;
 };
@@ -172,7 +173,7 @@ void MappedRows::write(void* argument) {
         const std::byte* const* const addresses = writing.addresses ? writing.addresses + i : nullptr;
         for (std::int64_t k = i; checks && k < end; ++k) {
             const std::byte* const row = addresses ? addresses[k - i] : dense.at(writing.rows[k]);
-            writing.bad_value = writing.self->first_not_finite(row);
+            writing.bad_value = writing.self->first_unfit(row, writing.binarizes);
             if (writing.bad_value >= 0) {
                 writing.bad_row = writing.rows[k];
                 return;
@@ -191,7 +192,7 @@ void MappedRows::gather(const std::int64_t* rows, std::int64_t n, const Form& fo
 void MappedRows::gather_read(const std::int64_t* rows, const std::byte* const* addresses, std::int64_t n,
                              const Form& form, std::byte* out) const {
     const RowWriter writer(layout(), form);
-    Writing writing{this, &writer, rows, addresses, n, out};
+    Writing writing{this, &writer, rows, addresses, n, out, form.transform.binarize};
     const std::byte* const lost =
         guarded_read(rows_->data(), static_cast<std::size_t>(n_rows()) * layout().bytes(), write, &writing);
     const std::string change = file_->change();
@@ -204,8 +205,9 @@ void MappedRows::gather_read(const std::int64_t* rows, const std::byte* const* a
             place.insert(0, ", " + std::to_string(rest % *size));
             rest /= *size;
         }
-        throw DataError(file_->name() + ": NaN or infinite at [" + std::to_string(writing.bad_row) + place +
-                        "]; expected finite float32");
+        place = " at [" + std::to_string(writing.bad_row) + place + "]; expected ";
+        throw DataError(file_->name() + (writing.binarizes ? ": no probability" + place + "values in [0, 1] to binarize"
+                                                           : ": NaN or infinite" + place + "finite float32"));
     }
 }
 
@@ -296,10 +298,14 @@ void MappedRows::forget(std::int64_t first, std::int64_t count) const {
     static_cast<void>(madvise(reinterpret_cast<void*>(begin), std::min(to, end_of_data) - begin, MADV_DONTNEED));
 }
 
-std::int64_t MappedRows::first_not_finite(const std::byte* row) const {
+std::int64_t MappedRows::first_unfit(const std::byte* row, bool binarizes) const {
     const RowLayout layout = rows_->layout();
     const std::int64_t n = layout.pixels * layout.channels;
-    return layout.element == Element::float32 ? find_not_finite<float>(row, n) : find_not_finite<double>(row, n);
+    const auto find = [&](auto fits) {
+        return layout.element == Element::float32 ? find_unfit<float>(row, n, fits) : find_unfit<double>(row, n, fits);
+    };
+    if (binarizes) return find([](auto x) { return (x >= 0) & (x <= 1); });
+    return find([](auto x) { return is_finite(static_cast<float>(x)); });
 }
 
 }  // namespace fastvae

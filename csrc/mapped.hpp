@@ -85,8 +85,8 @@ private:
     struct Writing;
 
     static void write(void* writing);
-    // The first value of a row that is not finite in float32, or -1.
-    std::int64_t first_not_finite(const std::byte* row) const;
+    // The first value of a row that is not finite in float32, or not a probability to binarize by; or -1.
+    std::int64_t first_unfit(const std::byte* row, bool binarizes) const;
     bool is_cached(const std::byte* begin, std::size_t bytes) const;
     [[noreturn]] void throw_lost(std::int64_t row) const;
     [[noreturn]] void throw_changed(const std::string& change, std::int64_t row) const;

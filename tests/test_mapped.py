@@ -19,7 +19,7 @@ from orders import block_order, numbered, rows_of
 from processes import TESTS, TIME_LIMIT, n_threads, run_python
 
 from fastvae import _native
-from fastvae.data import DataError, DataLoader, ShuffleWarning, mapped, open_source
+from fastvae.data import DataError, DataLoader, ShuffleWarning, Transform, mapped, open_source
 from fastvae.data.mapped import shuffled_blocks
 
 CGROUP = Path("/sys/fs/cgroup/memory")
@@ -163,6 +163,22 @@ def test_a_value_that_is_not_finite_is_named_when_it_is_met(
         next(batches)
     assert list(batches) == []
     assert len(list(DataLoader(tmp_path / "x.npy", 8, indices=range(30)))) == 4
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nextafter(np.float32(1), np.float32(2)), -1e-30, np.nan])
+@pytest.mark.usefixtures("staged")
+def test_what_is_no_probability_is_not_binarized(
+    tmp_path: Path, dtype: type, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvae.data.arrays._SCAN_BYTES", 1000)  # what is larger is not looked at before
+    x = np.ones((50, 4, 3, 2), dtype)
+    x[30, 2, 1, 0] = value
+    batches = iter(DataLoader(saved(tmp_path, x), 8, transform=Transform(binarize=True)))
+    for _ in range(3):
+        assert next(batches).all()
+    with pytest.raises(DataError, match=r"x\.npy: no probability at \[30, 2, 1, 0\]; expected values in"):
+        next(batches)
 
 
 def test_opening_reads_little(tmp_path: Path) -> None:
