@@ -286,6 +286,28 @@ def test_what_a_loader_makes_goes_on(tmp_path: Path, limit: int) -> None:
     assert np.array_equal(open_source(tmp_path / "p.npy").y, shapes.y)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"rows": -1}, "state.json: damaged"),
+        ({"rows": "many"}, "state.json: damaged"),
+        ({"shape": None}, "state.json: damaged"),
+        ({"skipped": [1]}, "state.json: damaged"),
+        ({"shape": [2]}, r"p.npy.partial: \d\d rows of \[2\], not of the 64 of \[200, 200\]"),
+        ({"rows": 65}, r"p.npy.partial: 65 rows of \[200, 200\], not of the 64 of"),
+    ],
+)
+def test_a_damaged_state_is_not_gone_on_from(tmp_path: Path, damage: dict[str, object], message: str) -> None:
+    x, path = np.zeros((64, 200, 200), np.uint8), tmp_path / "p.npy.partial" / "state.json"
+    with pytest.raises(Interrupt):
+        pack(x, tmp_path / "p.npy", report=interrupted_after(30))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(DataError, match=f"{message}.*; begin anew with --overwrite"):
+        pack(x, tmp_path / "p.npy")
+    pack(x, tmp_path / "p.npy", overwrite=True)
+    assert np.array_equal(np.load(tmp_path / "p.npy"), x)
+
+
 class Items(torch.utils.data.Dataset):
     """Items of 100 x 100 pixels, all the item's number, with labels from -3 on."""
 

@@ -72,6 +72,9 @@ def _pack(feed: Feed, partial: Partial, size: int | None, on_error: OnError, rep
     shape, n = feed.begin(state)
     if state is None:
         state = State(feed.request, list(shape))
+    if tuple(state.shape) != shape or state.rows > n:
+        got = f"{state.rows:,} rows of {state.shape}, not of the {n:,} of {list(shape)}"
+        raise StaleError(f"{partial.folder}: {got}; begin anew with --overwrite")
     partial.open(state, n)
     try:
         for rows, digest in feed.rows(state):

@@ -9,15 +9,16 @@ import os
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from .folders import Report
 from .images import Pixels
-from .packed import Packed, checksum, json_path
+from .packed import Count, Label, Packed, checksum, json_path
 from .source import DataError
 
 SAVE_SECONDS = 2.0  # between two states on the disk
@@ -32,11 +33,11 @@ class State:
     """How far a pack is. `request` is what it was asked for, `shape` that of a row."""
 
     request: dict[str, Any]
-    shape: list[int]
-    rows: int = 0
+    shape: list[Count]
+    rows: Count = 0
     digest: str = ""  # of the stamps of the files that the rows are of
     skipped: dict[str, str] = field(default_factory=dict)  # stamp of a file -> what is wrong with it
-    labels: list[int] = field(default_factory=list)  # of the rows, where they come with them
+    labels: list[Label] = field(default_factory=list)  # of the rows, where they come with them
 
 
 class Partial:
@@ -72,7 +73,8 @@ class Partial:
         try:
             state = State(**json.loads(self._state.read_text()))
         except (ValueError, TypeError) as error:
-            raise StaleError(f"{self._state}: damaged ({error}); begin anew with --overwrite") from error
+            problem = str(error).partition("\n")[0]
+            raise StaleError(f"{self._state}: damaged ({problem}); begin anew with --overwrite") from error
         for name, wanted in request.items():
             got = state.request.get(name)
             if got != wanted:
