@@ -42,8 +42,8 @@ def plan(batch: int, features: int, latents: int, multiprocessors: int, *, scale
 
     A thread holds 8 features (4 where each is `scaled` by its own log_scale) or 4 latents (1 where each draws
     a Philox block of its own): 16-byte accesses, several in flight, and few enough registers for 1024 threads
-    a multiprocessor. The grid fills the GPU
-    once, and its programs walk over what is left, so that the tickets of a large batch stay few.
+    a multiprocessor. The grid fills the GPU once, and its programs walk over what is left, so that the
+    tickets of a large batch stay few; rows are split where else some would walk while others have ended.
     """
     warps = 8 if features > 0 else 4
     tile_d, tile_z = (4 if scaled else 8) * 32 * warps, (4 if latents % 4 == 0 else 1) * 32 * warps
@@ -51,11 +51,19 @@ def plan(batch: int, features: int, latents: int, multiprocessors: int, *, scale
     block_z = min(max(triton.next_power_of_2(latents), 16), tile_z)
     rows = min(tile_d // block_d, tile_z // block_z)
     resident = multiprocessors * 32 // warps
-    row_programs = max(min(triton.cdiv(batch, rows), resident), 1)
+    groups = max(triton.cdiv(batch, rows), 1)
     chunks = max(triton.cdiv(features, block_d), triton.cdiv(latents, block_z), 1)
-    # every program of a row group gets the same number of chunks, or one less
-    splits = triton.cdiv(chunks, triton.cdiv(chunks, max(resident // row_programs, 1)))
-    return Plan(rows, block_d, block_z, warps, row_programs, splits)
+
+    def longest_walk(splits: int) -> int:
+        """In chunks, with so many programs to a row group."""
+        walk: int = triton.cdiv(groups, max(resident // splits, 1)) * triton.cdiv(chunks, splits)
+        return walk
+
+    choices = range(1, min(chunks, resident) + 1)
+    # few splits, which have to be added up
+    enough = 1.1 * min(map(longest_walk, choices))
+    splits = next(n for n in choices if longest_walk(n) <= enough)
+    return Plan(rows, block_d, block_z, warps, min(groups, resident // splits), splits)
 
 
 def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
