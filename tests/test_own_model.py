@@ -279,6 +279,12 @@ def _lazy():
     return net
 
 
+def _in_one_memory():
+    net = Net()
+    net.decoder[0].weight.data = net.encoder[2].weight.data[:3].t()
+    return net
+
+
 def _sparse():
     net = Net()
     net.classes = nn.Embedding(5, 3, sparse=True)
@@ -292,6 +298,10 @@ WRONG = {
     "frozen": (_frozen, "got Net with nothing to train"),
     "lazy": (_lazy, "got Net with lazy parameters; encode and decode one batch with it first"),
     "double": (lambda: Net().double(), "got Net with parameters of torch.float64, expected torch.float32"),
+    "in one memory": (
+        _in_one_memory,
+        "got Net with encoder.2.weight and decoder.0.weight in one memory, expected one nn.Parameter, transposed",
+    ),
     "sparse": (_sparse, "got Net with sparse gradients of classes, expected sparse=False there"),
     "likelihood": (lambda: _with(likelihood="poisson"), "got likelihood 'poisson', expected one of mse,"),
     "one tensor": (

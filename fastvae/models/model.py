@@ -60,6 +60,13 @@ def check_parameters(model: nn.Module) -> None:
     others = {p.dtype for p in trained} - {torch.float32}
     if others:
         raise ModelError(f"model: got {name} with parameters of {others.pop()}, expected torch.float32")
+    places: dict[int, str] = {}
+    for weight, p in model.named_parameters():
+        address = p.data_ptr() if p.requires_grad else 0
+        other = places.setdefault(address, weight)
+        if address and other != weight:
+            got = f"{name} with {other} and {weight} in one memory"
+            raise ModelError(f"model: got {got}, expected one nn.Parameter, transposed where it is used")
     for layer, module in model.named_modules():
         is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         if is_embedding and module.sparse and module.weight.requires_grad:
