@@ -300,7 +300,7 @@ WRONG = {
     "double": (lambda: Net().double(), "got Net with parameters of torch.float64, expected torch.float32"),
     "in one memory": (
         _in_one_memory,
-        "got Net with encoder.2.weight and decoder.0.weight in one memory, expected one nn.Parameter, transposed",
+        "got Net with encoder.2.weight and decoder.0.weight in one memory, expected one nn.Parameter,",
     ),
     "sparse": (_sparse, "got Net with sparse gradients of classes, expected sparse=False there"),
     "likelihood": (lambda: _with(likelihood="poisson"), "got likelihood 'poisson', expected one of mse,"),
