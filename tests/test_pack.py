@@ -562,6 +562,8 @@ def test_verify(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     json_path(path).unlink()
     assert main(["data", "verify", str(path)]) == 2
     assert "p.npy: there is no JSON; expected a .npy of fastvae data pack" in capsys.readouterr().err
+    assert main(["data", "verify", ""]) == 2
+    assert "there is no such file; expected a .npy of fastvae data pack" in capsys.readouterr().err
 
 
 def test_names_that_are_not_text(photos: Path, tmp_path: Path) -> None:

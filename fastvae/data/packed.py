@@ -76,7 +76,7 @@ def read_packed(array: Path, shape: tuple[int, ...] | None = None) -> Packed | N
 
 def verify(array: Path, report: Callable[[str, int, int], None] | None = None) -> Packed:
     """Reads a packed .npy whole and compares it with its JSON. Raises DataError where they differ."""
-    packed = read_packed(array)
+    packed = read_packed(array) if array.is_file() else None
     if packed is None:
         expected = "a .npy of fastvae data pack with its JSON beside it"
         missing = "there is no JSON" if array.is_file() else "there is no such file"
