@@ -267,11 +267,13 @@ void MappedRows::begin(bool tells) const {
     }
     const std::string change = file_->change();
     if (!change.empty()) throw_changed(change, 0);
-    // Where a page is missing that was asked for, as many as the kernel would like to read with it push out others.
+    // Where a page is missing that was asked for, as many as the kernel would like to read with it push out others; and
+    // of more than the memory, they are gone before they are of use.
     const auto data = reinterpret_cast<std::uintptr_t>(rows_->data());
     const std::uintptr_t first = data / page_size() * page_size();
     const std::size_t bytes = data - first + static_cast<std::size_t>(n_rows()) * layout().bytes();
-    static_cast<void>(madvise(reinterpret_cast<void*>(first), bytes, tells ? MADV_RANDOM : MADV_NORMAL));
+    const int advice = tells || room_ > 0 ? MADV_RANDOM : MADV_NORMAL;
+    static_cast<void>(madvise(reinterpret_cast<void*>(first), bytes, advice));
 }
 
 void MappedRows::expect(std::int64_t first, std::int64_t count) const {

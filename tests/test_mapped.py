@@ -442,6 +442,23 @@ def test_what_is_more_than_the_memory_is_read_past_the_page_cache(
     assert cached_by_a_pass(rank=1, world_size=2) > 35
 
 
+def test_single_rows_of_more_than_the_memory_are_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, np.zeros((64 * 256, MIB // 256), np.uint8))  # rows of 4 KiB
+    other = tmp_path / "other"  # as to look is to ask for what is not there
+    other.write_bytes(b"x")
+    for each in (path, other):
+        with each.open("rb") as file:
+            os.fsync(file.fileno())
+        evict(each)
+    if all(is_cached(other)):
+        pytest.skip(f"{tmp_path} is in a file system that is in memory")
+    monkeypatch.setattr(mapped, "memory_limit", lambda: 48 * MIB)
+    next(iter(DataLoader(path, 8, shuffle=True, window=10**6, num_workers=0)))
+    assert sum(is_cached(path)[1:]) <= 8  # the header is read by others
+
+
 def evict(path: Path) -> None:
     """Take a file out of the page cache."""
     with path.open("rb") as file:
