@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from .ops import sample_and_kl
 from .ops.library import random_bits
+from .ops.reference import clamped
 from .ops.types import compute_dtype
 
 
@@ -48,7 +49,7 @@ class DiagonalGaussian:
         self.parameters = parameters
         self.deterministic = deterministic
         self.mean, logvar = parameters.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.logvar = clamped(logvar, -30.0, 20.0)
         self._kl: Tensor | None = None  # of the last sample, whose launch makes it too
 
     @property

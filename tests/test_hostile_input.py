@@ -111,7 +111,11 @@ PIXELS = np.arange(12, dtype=np.uint8).reshape(3, 4)
         ("x.npz", zipped(saved(PIXELS), method=zipfile.ZIP_BZIP2), "compressed by method 12, expected"),
         ("x.npz", lying(saved(PIXELS), size=20), r"\[x\]|not a whole"),
         ("x.npz", lying(saved(PIXELS), compressed=1), r"\[x\]|not a whole"),
-        ("x.npz", lying(npy(described((2**40, 1))), compressed=2**31), r"\[x\]: truncated: .* no more than"),
+        (
+            "x.npz",
+            lying(npy(described((2**40, 1))), compressed=2**31),
+            r"no more than|Overlapped",
+        ),
         ("x.npz", zipped(b"", "x.npy"), r"\[x\]: not a .npy header"),
         ("x.npz", zipped(b"", "../../x.npy"), "arrays .*expected one of x"),
         ("x.npz", zipped(b"", "a\nb.npy"), r"arrays \['a\\nb'\]"),
@@ -158,7 +162,10 @@ def test_a_directory_that_promises_more_changes_nothing(
     tmp_path: Path, compressed: int | None, size: int
 ) -> None:
     (tmp_path / "x.npz").write_bytes(lying(saved(PIXELS), compressed=compressed, size=size))
-    assert np.array_equal(open_source(tmp_path / "x.npz").x, PIXELS)
+    try:
+        assert np.array_equal(open_source(tmp_path / "x.npz").x, PIXELS)
+    except DataError as error:  # of newer versions of zipfile
+        assert compressed is not None and "Overlapped entries" in str(error)  # noqa: PT017, PT018
 
 
 def test_what_is_not_a_file_is_not_waited_for(tmp_path: Path) -> None:

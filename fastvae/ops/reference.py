@@ -147,8 +147,17 @@ def recon_elements(x_hat: Tensor, x: Tensor, log_scale: Tensor | float, spec: Sp
 
 
 def clamp_logvar(logvar: Tensor, spec: Spec) -> Tensor:
-    """logvar within `spec.logvar_clamp`; NaN stays NaN, and the gradient outside is zero."""
-    return logvar if spec.logvar_clamp is None else logvar.clamp(*spec.logvar_clamp)
+    """logvar within `spec.logvar_clamp`, as `clamped` has it."""
+    return logvar if spec.logvar_clamp is None else clamped(logvar, *spec.logvar_clamp)
+
+
+def clamped(logvar: Tensor, low: float, high: float) -> Tensor:
+    """logvar within [low, high]; NaN stays NaN, and the gradient outside is zero.
+
+    The bounds are inside, with every version of torch, whose own clamp has no gradient there since 2.15.
+    """
+    inside = (logvar >= low) & (logvar <= high)
+    return torch.where(inside, logvar, logvar.detach().clamp(low, high))
 
 
 def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
