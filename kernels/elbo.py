@@ -146,10 +146,11 @@ def elbo_forward_kernel(
 
         # KL(q(z | x) || p(z)), summed over latents, and z on the way
         if p_mu is None:
-            b_kl = row_values(p_kl_given, stride_kl_given, b_row, b_live & (split == 0))  # [ROWS]
+            b_own = tl.where(split == 0, b_live, False)  # [ROWS]
+            b_kl = row_values(p_kl_given, stride_kl_given, b_row, b_own)  # [ROWS]
             if p_d_kl is not None:
                 b_d = times(b_weight, beta + tl.zeros([ROWS], dtype=tl.float32)) * kl_scale  # [ROWS]
-                tl.store(p_d_kl + b_row, b_d, mask=b_live & (split == 0))
+                tl.store(p_d_kl + b_row, b_d, mask=b_own)
         else:
             b_sum = tl.zeros([ROWS, BLOCK_Z], dtype=tl.float32)  # [ROWS, BLOCK_Z]
             b_weighted_sum = tl.zeros([ROWS, BLOCK_Z], dtype=tl.float32)  # [ROWS, BLOCK_Z]
@@ -331,7 +332,7 @@ def elbo_backward_kernel(
             if p_d_kl is not None:
                 b_d = times(beta, b_g_loss) + b_g_kl  # [ROWS]
                 b_d = weighted(p_weight, stride_weight, b_row, b_live, b_d)
-                tl.store(p_d_kl + b_row, b_d * kl_scale, mask=b_live & (split == 0))
+                tl.store(p_d_kl + b_row, b_d * kl_scale, mask=tl.where(split == 0, b_live, False))
             else:
                 for start in range(split * BLOCK_Z, latents, splits * BLOCK_Z):
                     b_col = (start + tl.arange(0, BLOCK_Z)).to(tl.int64)  # [BLOCK_Z]

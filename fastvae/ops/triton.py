@@ -24,6 +24,9 @@ from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 # Autograd's backward has the upstream scalar, and a forward that made the gradients would wait to read it.
 GRADIENTS_IN_FORWARD = False
 
+# Products and sums round as one: what Triton does where nothing is said changes with its version 3.10.
+_FUSED = {"enable_fp_fusion": True}
+
 
 class Plan(NamedTuple):
     """How one launch is cut; rows, block_d, block_z and warps are compiled in and do not depend on B."""
@@ -205,7 +208,7 @@ def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents) -> Tensor:
         "stride_mu_row": mu_row, "stride_mu_col": mu_col,
         "stride_logvar_row": logvar_row, "stride_logvar_col": logvar_col,
         "stride_weight": _row_stride(inputs.weight), "CLAMP": spec.logvar_clamp is not None,
-        "ROWS": rows, "BLOCK": block, "num_warps": 4,
+        "ROWS": rows, "BLOCK": block, "num_warps": 4, **_FUSED,
     }  # fmt: skip
     launch(latent_kl_kernel, device, grid, arguments)
     return out.sum(0)
@@ -223,7 +226,7 @@ def _feature_scale_gradient(
     flat = log_scale.reshape(-1)
     own = {
         "p_log_scale": flat, "stride_log_scale": flat.stride(0), "p_out": out,
-        "ROWS": rows, "BLOCK": block, "num_warps": 4,
+        "ROWS": rows, "BLOCK": block, "num_warps": 4, **_FUSED,
     }  # fmt: skip
     launch(feature_scale_gradient_kernel, device, grid, {**shared, **own})
     return out.sum(0).reshape(log_scale.shape).to(log_scale.dtype)
@@ -282,7 +285,7 @@ def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -
         "BETA_BY_LATENT": by_latent,
         # rows then begin at a multiple of 4, and four neighbours share a Philox block
         "GROUPED": latents % 4 == 0, "SAMPLE_UNIT": unit,
-        "ROWS": cut.rows, "BLOCK_D": cut.block_d, "BLOCK_Z": cut.block_z, "num_warps": cut.warps,
+        "ROWS": cut.rows, "BLOCK_D": cut.block_d, "BLOCK_Z": cut.block_z, "num_warps": cut.warps, **_FUSED,
     }  # fmt: skip
 
 
