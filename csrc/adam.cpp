@@ -128,7 +128,14 @@ void update_range(const Factors& f, const AdamPart& part, std::int64_t first, st
     }
 }
 
+// Of what has no gradient, and so stays, the average goes on.
+void average_range(const Factors& f, const AdamPart& part, std::int64_t first, std::int64_t n) {
+    for (std::int64_t i = first; i < first + n; ++i)
+        part.average[i] += f.average_new * (part.weight[i] - part.average[i]);
+}
+
 void update_range(const Factors& f, const AdamPart& part, std::int64_t first, std::int64_t n) {
+    if (!part.gradient) return average_range(f, part, first, n);
     if (!part.copy) return update_range<float>(f, part, first, n);
     if (part.copy_dtype == DType::float16) return update_range<Float16>(f, part, first, n);
     update_range<BFloat16>(f, part, first, n);
@@ -250,8 +257,9 @@ std::int64_t update(const Adam& adam, const std::vector<AdamPart>& parts, bool c
         for (std::int64_t p = 0; first_bad == count && p < count; ++p) {
             const AdamPart& part = parts[static_cast<std::size_t>(p)];
             const Factors factors = factors_of(adam, part);
+            const std::int64_t n_blocks = part.gradient || part.average ? chunks(part.n, block) : 0;
 #pragma omp for schedule(static) nowait
-            for (std::int64_t b = 0; b < blocks(part); ++b)
+            for (std::int64_t b = 0; b < n_blocks; ++b)
                 update_range(factors, part, b * block, std::min(block, part.n - b * block));
         }
     }

@@ -12,7 +12,7 @@ namespace fastvae {
 // One parameter: contiguous, n elements each. `copy` and `average` may be null.
 struct AdamPart {
     std::int64_t n = 0;
-    const void* gradient = nullptr;  // null: the parameter stays as it is
+    const void* gradient = nullptr;  // null: the parameter stays as it is, and its average follows
     DType gradient_dtype = DType::float32;
     float *weight = nullptr, *mean = nullptr, *square = nullptr;
     void* copy = nullptr;
