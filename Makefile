@@ -8,7 +8,8 @@ ARGS ?=
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml CMakeLists.txt constraints.txt $(shell find fastvae kernels csrc -type f -not -name '*.pyc')
 
-NATIVE_TESTS = loader loader_state transform sources sparse hostile_input fuzz torch_datasets mapped shapes elbo flips sampling totals tape
+NATIVE_TESTS = loader loader_state transform sources sparse hostile_input fuzz torch_datasets mapped shapes elbo flips sampling totals tape \
+    products ema
 
 .PHONY: train test integration sanitize sanitize-native bench lint clean
 
