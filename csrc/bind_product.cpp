@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <stdexcept>
@@ -18,7 +19,7 @@ namespace {
 using Address = std::uintptr_t;
 using Strides = std::array<std::int64_t, 2>;
 
-const Bf16* pointer(Address address) { return reinterpret_cast<const Bf16*>(address); }
+const void* pointer(Address address) { return reinterpret_cast<const void*>(address); }
 
 Factor factor(const char* name, const Strides& strides) {
     if (strides[0] != 1 && strides[1] != 1)
@@ -32,12 +33,14 @@ Factor factor(const char* name, const Strides& strides) {
 class ProductCall {
 public:
     ProductCall(
-        const std::array<std::int64_t, 3>& extents, const Strides& a, const Strides& b, bool relu, int threads,
-        std::shared_ptr<ProductMemory> memory)
-        : memory_(std::move(memory)) {
-        if (!products_supported()) throw std::runtime_error("ProductCall: expected a CPU with AVX512_BF16 and without AMX");
-        if (extents[0] < 0 || extents[1] < 0 || extents[2] < 0)
-            throw std::invalid_argument("extents: got a negative size");
+        bool bf16, const std::array<std::int64_t, 3>& extents, const Strides& a, const Strides& b, bool relu,
+        int threads, std::shared_ptr<ProductMemory> memory)
+        : multiply_(product_kernel(bf16)), memory_(std::move(memory)) {
+        if (multiply_ == nullptr)
+            throw std::runtime_error(
+                std::string("ProductCall: expected a CPU with ")
+                + (bf16 ? "AVX512_BF16 and without AMX" : "AVX512"));
+        if (std::ranges::min(extents) < 0) throw std::invalid_argument("extents: got a negative size");
         if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");
         std::tie(product_.m, product_.n, product_.k) = std::tuple_cat(extents);
         product_.threads = threads;
@@ -52,12 +55,13 @@ public:
         product.b.data = pointer(b);
         product.bias = pointer(bias);
         product.where = pointer(where);
-        product.c = reinterpret_cast<Bf16*>(c);
+        product.c = reinterpret_cast<void*>(c);
         const py::gil_scoped_release release;
-        multiply(product, *memory_);
+        if (product.m > 0 && product.n > 0) multiply_(product, *memory_);
     }
 
 private:
+    Multiply multiply_;
     Product product_;
     std::shared_ptr<ProductMemory> memory_;
 };
@@ -68,17 +72,20 @@ void bind_product(py::module_& m) {
     py::class_<ProductMemory, std::shared_ptr<ProductMemory>>(
         m, "ProductMemory", "Memory in which factors lie as they are multiplied; for one product at a time.")
         .def(py::init<>());
-    py::class_<ProductCall>(m, "ProductCall", "A product of bfloat16 matrices, [m, k] [k, n]; see csrc/product.hpp.")
+    py::class_<ProductCall>(m, "ProductCall", "A product of matrices, [m, k] [k, n]; see csrc/product.hpp.")
         .def(
-            py::init<const std::array<std::int64_t, 3>&, const Strides&, const Strides&, bool, int,
+            py::init<bool, const std::array<std::int64_t, 3>&, const Strides&, const Strides&, bool, int,
                      std::shared_ptr<ProductMemory>>(),
-            py::arg("extents"), py::arg("a_strides"), py::arg("b_strides"), py::arg("relu"), py::arg("threads"),
-            py::arg("memory"), "extents: m, n, k. One stride of each matrix is 1.")
+            py::arg("bf16"), py::arg("extents"), py::arg("a_strides"), py::arg("b_strides"), py::arg("relu"),
+            py::arg("threads"), py::arg("memory"),
+            "bf16: else float32. extents: m, n, k. One stride of each matrix is 1.")
         .def(
             "run", &ProductCall::run, py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("where"), py::arg("c"),
             "With these addresses; 0 for no bias, [n], and no where, [m, n].");
-    m.def("bf16_supported", &bf16_supported, "Whether this CPU multiplies bfloat16 matrices (AVX512_BF16 or AMX).");
-    m.def("products_supported", &products_supported, "Whether it has AVX512_BF16 and not AMX.");
+    m.def(
+        "products_supported", [](bool bf16) { return product_kernel(bf16) != nullptr; }, py::arg("bf16"),
+        "Whether it has AVX512; for bfloat16, AVX512_BF16 and not AMX.");
+    m.def("prefers_bf16", &prefers_bf16, "Whether this CPU multiplies bfloat16 matrices faster than float32 ones.");
 }
 
 }  // namespace fastvae

@@ -2,18 +2,19 @@
 
 namespace fastvae {
 
-#if defined(FASTVAE_PRODUCTS)
-Cut cut_product(const Product&);
-std::size_t pairs_of_part(const Product&, const Cut&);
-void multiply_parts(const Product&, const Cut&, Pair* memory);
+#if defined(FASTVAE_FLOAT_PRODUCTS)
+void multiply_float(const Product&, ProductMemory&);
+#endif
+#if defined(FASTVAE_BF16_PRODUCTS)
+void multiply_bf16(const Product&, ProductMemory&);
 #endif
 
-Pair* ProductMemory::at_least(std::size_t pairs) {
-    if (const auto bytes = pairs * sizeof(Pair); !memory_ || memory_->size() < bytes) {
+Unit* ProductMemory::at_least(std::size_t units) {
+    if (const auto bytes = units * sizeof(Unit); !memory_ || memory_->size() < bytes) {
         memory_.reset();
         memory_ = std::make_unique<Memory>(bytes);
     }
-    return static_cast<Pair*>(memory_->data());
+    return static_cast<Unit*>(memory_->data());
 }
 
 namespace {
@@ -36,25 +37,39 @@ bool has_vectors() {
 #endif
 }
 
-}  // namespace
-
-bool bf16_supported() { return has_vectors() || has_tiles(); }
-
-bool products_supported() {
-#if defined(FASTVAE_PRODUCTS)
-    return has_vectors() && !has_tiles() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+bool is_intel() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
 #else
     return false;
 #endif
 }
 
-void multiply([[maybe_unused]] const Product& product, [[maybe_unused]] ProductMemory& memory) {
-#if defined(FASTVAE_PRODUCTS)
-    if (product.m == 0 || product.n == 0) return;
-    const Cut cut = cut_product(product);
-    const auto parts = static_cast<std::size_t>(cut.rows * cut.columns);
-    multiply_parts(product, cut, memory.at_least(parts * pairs_of_part(product, cut)));
+bool has_avx512() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl");
+#else
+    return false;
 #endif
+}
+
+}  // namespace
+
+// Intel's AVX512_BF16 takes twice as long for as many products as float32 does (Emerald Rapids: a quarter of the
+// instructions, each with twice the products); its CPUs have AMX for them, unless a virtual machine hides it.
+bool prefers_bf16() { return has_tiles() || (has_vectors() && !is_intel()); }
+
+Multiply product_kernel([[maybe_unused]] bool bf16) {
+#if defined(FASTVAE_BF16_PRODUCTS)
+    if (bf16) return has_avx512() && has_vectors() && !has_tiles() ? multiply_bf16 : nullptr;
+#endif
+#if defined(FASTVAE_FLOAT_PRODUCTS)
+    if (!bf16) return has_avx512() ? multiply_float : nullptr;
+#endif
+    return nullptr;
 }
 
 }  // namespace fastvae

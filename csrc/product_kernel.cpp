@@ -1,96 +1,89 @@
-// The products of product.hpp. Compiled for AVX512_BF16, and called only where there is that.
-#include "product.hpp"
-
-#include <immintrin.h>
-
+// The products of product.hpp. Compiled for each kind of elements, as FASTVAE_MULTIPLY, and called only where there is
+// AVX512, and AVX512_BF16 for those.
 #include <cstring>
+
+#include "product_elements.hpp"
 
 namespace fastvae {
 namespace {
 
-constexpr int lanes = 16;
+using Element = Elements::Element;
+constexpr int per_unit = Elements::per_unit;
 // Of c, what is in registers while k is gone through: 24 sums, which hide the latency of the multiplications.
 constexpr int block_rows = 8, block_vectors = 3;
-constexpr std::int64_t pairs_of_sum = 256;
+constexpr std::int64_t units_of_sum = 512 / per_unit;
 
 constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
 constexpr std::int64_t larger(std::int64_t x, std::int64_t y) { return x > y ? x : y; }
 constexpr std::int64_t smaller(std::int64_t x, std::int64_t y) { return x < y ? x : y; }
 
-template <class Mask>
-Mask first(std::int64_t n) {  // of a vector's lanes
-    constexpr int bits = 8 * sizeof(Mask);
-    return n >= bits ? static_cast<Mask>(~Mask{0}) : n <= 0 ? Mask{0} : static_cast<Mask>((Mask{1} << n) - 1);
-}
+std::int64_t row_blocks(const Product& p) { return ceil_div(p.m, block_rows); }
+std::int64_t vectors(const Product& p) { return ceil_div(p.n, lanes); }
+std::int64_t units(const Product& p) { return ceil_div(p.k, per_unit); }
 
-// Where the pairs of the rows of a are: bytes from row to row and from pair to pair.
+// Where the units of the rows of a are: bytes from row to row and from unit to unit.
 struct Rows {
     const char* data;
-    std::int64_t row, pair;
+    std::int64_t row, unit;
 };
 
-__m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-
-// The sums over `pairs` for R rows of a and V vectors of columns of b, [pairs, V, lanes].
+// The sums over `count` units for R rows of a and V vectors of columns of b, [count, V, lanes].
 template <int R, int V>
-[[gnu::always_inline]] inline void add_up(Rows a, const Pair* b, std::int64_t pairs, __m512 (&sum)[R][V]) {
+[[gnu::always_inline]] inline void add_up(Rows a, const Unit* b, std::int64_t count, __m512 (&sum)[R][V]) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 3
         for (int j = 0; j < V; ++j) sum[i][j] = _mm512_setzero_ps();
-    for (; pairs > 0; --pairs) {
-        __m512bh columns[V];
+    for (; count > 0; --count) {
+        __m512i columns[V];
 #pragma GCC unroll 3
-        for (int j = 0; j < V; ++j) columns[j] = reinterpret_cast<__m512bh>(_mm512_load_si512(b + j * lanes));
+        for (int j = 0; j < V; ++j) columns[j] = _mm512_load_si512(b + j * lanes);
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
-            int both;
-            std::memcpy(&both, a.data + i * a.row, sizeof(both));
-            const auto of_row = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+            int of_row;
+            std::memcpy(&of_row, a.data + i * a.row, sizeof(of_row));
+            const __m512i row = _mm512_set1_epi32(of_row);
 #pragma GCC unroll 3
-            for (int j = 0; j < V; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], of_row, columns[j]);
+            for (int j = 0; j < V; ++j) sum[i][j] = Elements::add_product(sum[i][j], row, columns[j]);
         }
-        a.data += a.pair;
+        a.data += a.unit;
         b += V * lanes;
     }
 }
 
-// Write 16 sums to c, or the `mask` of them, with what is to be done to them before.
+// Write a vector of sums to c, or the `mask` of it, with what is to be done to them before.
 [[gnu::always_inline]] inline void put(
-    Bf16* c, const Bf16* bias, bool relu, const Bf16* where, __mmask16 mask, __m512 sum) {
+    Element* c, const Element* bias, bool relu, const Element* where, __mmask16 mask, __m512 sum) {
     const __m512 zero = _mm512_setzero_ps();
-    if (bias) sum = _mm512_add_ps(sum, widened(_mm256_maskz_loadu_epi16(mask, bias)));
+    if (bias) sum = _mm512_add_ps(sum, Elements::load(mask, bias));
     if (relu) sum = _mm512_max_ps(zero, sum);  // a NaN stays one
-    if (where) {
-        const __m512 x = widened(_mm256_maskz_loadu_epi16(mask, where));
-        sum = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero, _CMP_NLE_UQ), sum);
-    }
-    _mm256_mask_storeu_epi16(c, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
+    if (where)
+        sum = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(Elements::load(mask, where), zero, _CMP_NLE_UQ), sum);
+    Elements::store(mask, c, sum);
 }
 
 // c in R rows and V vectors of columns, from there on.
 template <int R, int V>
-void block(const Product& p, const Rows& rows, const Pair* b, std::int64_t row, std::int64_t column) {
+void block(const Product& p, const Rows& rows, const Unit* b, std::int64_t row, std::int64_t column) {
     const Rows a = rows;
-    const std::int64_t n = p.n, pairs = ceil_div(p.k, 2);
+    const std::int64_t n = p.n, count = units(p);
     __m512 sum[R][V];
-    add_up(a, b, smaller(pairs, pairs_of_sum), sum);
-    for (std::int64_t pair = pairs_of_sum; pair < pairs; pair += pairs_of_sum) {
+    add_up(a, b, smaller(count, units_of_sum), sum);
+    for (std::int64_t unit = units_of_sum; unit < count; unit += units_of_sum) {
         alignas(64) float before[R][V][lanes];
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i)
 #pragma GCC unroll 3
             for (int j = 0; j < V; ++j) _mm512_store_ps(before[i][j], sum[i][j]);
-        add_up(
-            {a.data + pair * a.pair, a.row, a.pair}, b + pair * V * lanes, smaller(pairs - pair, pairs_of_sum), sum);
+        add_up({a.data + unit * a.unit, a.row, a.unit}, b + unit * V * lanes, smaller(count - unit, units_of_sum), sum);
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i)
 #pragma GCC unroll 3
             for (int j = 0; j < V; ++j) sum[i][j] = _mm512_add_ps(sum[i][j], _mm512_load_ps(before[i][j]));
     }
-    Bf16* const c = p.c + row * n + column;
-    const Bf16* const bias = p.bias ? p.bias + column : nullptr;
-    const Bf16* const where = p.where ? p.where + row * n + column : nullptr;
+    Element* const c = static_cast<Element*>(p.c) + row * n + column;
+    const Element* const bias = p.bias ? static_cast<const Element*>(p.bias) + column : nullptr;
+    const Element* const where = p.where ? static_cast<const Element*>(p.where) + row * n + column : nullptr;
     const bool relu = p.relu;
     const auto all = first<__mmask16>(lanes), last = first<__mmask16>(n - column - (V - 1) * lanes);
 #pragma GCC unroll 8
@@ -98,12 +91,12 @@ void block(const Product& p, const Rows& rows, const Pair* b, std::int64_t row, 
 #pragma GCC unroll 3
         for (int j = 0; j < V; ++j) {
             const std::int64_t at = i * n + j * lanes;
-            put(c + at, bias ? bias + j * lanes : nullptr, relu, where ? where + at : nullptr, j < V - 1 ? all : last,
-                sum[i][j]);
+            put(c + at, bias ? bias + j * lanes : nullptr, relu, where ? where + at : nullptr,
+                j < V - 1 ? all : last, sum[i][j]);
         }
 }
 
-using Block = void (*)(const Product&, const Rows&, const Pair*, std::int64_t, std::int64_t);
+using Block = void (*)(const Product&, const Rows&, const Unit*, std::int64_t, std::int64_t);
 
 template <int R>
 constexpr Block blocks_of_rows[block_vectors] = {block<R, 1>, block<R, 2>, block<R, 3>};
@@ -112,7 +105,7 @@ constexpr const Block* blocks[block_rows] = {
     blocks_of_rows<1>, blocks_of_rows<2>, blocks_of_rows<3>, blocks_of_rows<4>,
     blocks_of_rows<5>, blocks_of_rows<6>, blocks_of_rows<7>, blocks_of_rows<8>};
 
-// Transpose 16 x 16 pairs.
+// Transpose 16 x 16 units.
 void transpose(__m512i (&r)[lanes]) {
     __m512i t[lanes];
 #pragma GCC unroll 8
@@ -141,107 +134,81 @@ void transpose(__m512i (&r)[lanes]) {
     }
 }
 
-// Lines of which k is one dimension: the columns of b or the rows of a. Strides from line to line and along k.
-struct Lines {
-    const Bf16* data;
-    std::int64_t n, line, along;
-};
-
-// Where the pairs of lines go: 16 lines together at a time, and so far from pair to pair and from line to line.
-struct Packed {
-    Pair* data;
-    std::int64_t pair, line;
-
-    Pair* at(std::int64_t i, std::int64_t j) const { return data + i * pair + j * line; }
-};
-
-[[gnu::noinline]] void pack_along(Lines from, std::int64_t k, std::int64_t width, Packed to) {
-    const std::int64_t pairs = ceil_div(k, 2);
+[[gnu::noinline]] void pack_along(Lines<Element> from, std::int64_t k, std::int64_t width, Packed to) {
+    const std::int64_t count = ceil_div(k, per_unit);
     const auto [data, n, line, along] = from;
     for (std::int64_t at = 0; at < width; at += lanes)
-        for (std::int64_t pair = 0; pair < pairs; pair += lanes) {
-            const auto mask = first<__mmask32>(k - 2 * pair);
-            const Bf16* const begin = data + at * line + 2 * pair;
+        for (std::int64_t unit = 0; unit < count; unit += lanes) {
+            const std::int64_t done = per_unit * unit;
+            const Element* const begin = data + at * line + done;
             __m512i r[lanes];
 #pragma GCC unroll 16
             for (int i = 0; i < lanes; ++i)
-                r[i] = at + i < n ? _mm512_maskz_loadu_epi16(mask, begin + i * line) : _mm512_setzero_si512();
+                r[i] = at + i < n ? Elements::load_along(begin + i * line, k - done) : _mm512_setzero_si512();
             transpose(r);
-            const std::int64_t there = smaller(lanes, pairs - pair);
-            Pair* const out = to.at(pair, at);
+            const std::int64_t there = smaller(lanes, count - unit);
+            Unit* const out = to.at(unit, at);
 #pragma GCC unroll 16
             for (int i = 0; i < lanes; ++i)
-                if (i < there) _mm512_store_si512(out + i * to.pair, r[i]);
+                if (i < there) _mm512_store_si512(out + i * to.unit, r[i]);
         }
 }
 
-[[gnu::noinline]] void pack_across(Lines from, std::int64_t k, std::int64_t width, Packed to) {
-    alignas(64) static constexpr Bf16 low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i lows = _mm512_load_si512(low), highs = _mm512_add_epi16(lows, _mm512_set1_epi16(lanes));
-    const auto [data, n, line, along] = from;
-    for (std::int64_t pair = 0; 2 * pair < k; ++pair) {
-        const Bf16* const even = data + 2 * pair * along;
-        const bool has_odd = 2 * pair + 1 < k;
-        for (std::int64_t at = 0; at < width; at += 2 * lanes) {
-            const auto mask = first<__mmask32>(n - at);
-            const __m512i x = _mm512_maskz_loadu_epi16(mask, even + at);
-            const __m512i y = has_odd ? _mm512_maskz_loadu_epi16(mask, even + along + at) : _mm512_setzero_si512();
-            _mm512_store_si512(to.at(pair, at), _mm512_permutex2var_epi16(x, lows, y));
-            if (at + lanes < width) _mm512_store_si512(to.at(pair, at + lanes), _mm512_permutex2var_epi16(x, highs, y));
-        }
-    }
+[[gnu::noinline]] void pack_across(Lines<Element> from, std::int64_t k, std::int64_t width, Packed to) {
+    for (std::int64_t unit = 0; per_unit * unit < k; ++unit) Elements::pack_across(from, k, width, unit, to);
 }
 
-// Put the pairs of k of `width` lines together, those beyond n as zeros.
-void pack(Lines from, std::int64_t k, std::int64_t width, Packed to) {
+// Put the units of k of `width` lines together, those beyond n as zeros.
+void pack(Lines<Element> from, std::int64_t k, std::int64_t width, Packed to) {
     from.along == 1 ? pack_along(from, k, width, to) : pack_across(from, k, width, to);
 }
 
-// Whether the pairs of a can be read where they lie.
-bool has_pairs(const Product& p) { return p.a.column == 1 && p.k % 2 == 0; }
+// Whether the units of a can be read where they lie.
+bool has_units(const Product& p) { return p.a.column == 1 && p.k % per_unit == 0; }
 
 // Part i of n things in `parts`.
 std::int64_t begin(std::int64_t n, std::int64_t parts, std::int64_t i) { return n * i / parts; }
 
 // These rows of c, a multiple of block_rows from the first, and vectors of columns.
 void multiply_part(
-    const Product& p, std::int64_t row, std::int64_t rows, std::int64_t vector, std::int64_t vectors, Pair* memory) {
-    if (rows <= 0 || vectors == 0) return;
-    const std::int64_t pairs = ceil_div(p.k, 2), row_blocks = ceil_div(rows, block_rows);
-    Pair* const columns = memory;
-    Pair* const packed = columns + pairs * block_vectors * lanes;
-    if (!has_pairs(p))  // [rows / lanes, pairs, lanes]
-        pack({p.a.data + row * p.a.row, rows, p.a.row, p.a.column}, p.k, rows, {packed, lanes, pairs});
-    const std::int64_t panels = ceil_div(vectors, block_vectors);
+    const Product& p, std::int64_t row, std::int64_t rows, std::int64_t vector, std::int64_t wide_of_part, Unit* memory) {
+    if (rows <= 0 || wide_of_part == 0) return;
+    const std::int64_t count = units(p);
+    Unit* const columns = memory;
+    Unit* const packed = columns + count * block_vectors * lanes;
+    const Element* const a = static_cast<const Element*>(p.a.data) + row * p.a.row;
+    const Element* const b = static_cast<const Element*>(p.b.data);
+    if (!has_units(p))  // [rows / lanes, count, lanes]
+        pack({a, rows, p.a.row, p.a.column}, p.k, rows, {packed, lanes, count});
+    const std::int64_t panels = ceil_div(wide_of_part, block_vectors);
     for (std::int64_t panel = 0; panel < panels; ++panel) {
-        const std::int64_t from = vector + begin(vectors, panels, panel);
-        const std::int64_t wide = vector + begin(vectors, panels, panel + 1) - from, column = from * lanes;
-        pack({p.b.data + column * p.b.column, p.n - column, p.b.column, p.b.row}, p.k, wide * lanes, {columns, wide * lanes, 1});
-        for (std::int64_t i = 0; i < row_blocks; ++i) {
-            const std::int64_t at = i * block_rows, high = smaller(block_rows, rows - at);
-            const auto there = has_pairs(p)
-                ? Rows{reinterpret_cast<const char*>(p.a.data + (row + at) * p.a.row), 2 * p.a.row, sizeof(Pair)}
-                : Rows{reinterpret_cast<const char*>(packed + at / lanes * lanes * pairs + at % lanes), sizeof(Pair), lanes * sizeof(Pair)};
-            blocks[high - 1][wide - 1](p, there, columns, row + at, column);
+        const std::int64_t from = vector + begin(wide_of_part, panels, panel);
+        const std::int64_t wide = vector + begin(wide_of_part, panels, panel + 1) - from, column = from * lanes;
+        pack({b + column * p.b.column, p.n - column, p.b.column, p.b.row}, p.k, wide * lanes, {columns, wide * lanes, 1});
+        for (std::int64_t at = 0; at < rows; at += block_rows) {
+            constexpr std::int64_t size = sizeof(Element), of_unit = sizeof(Unit);
+            const auto there = has_units(p)
+                ? Rows{reinterpret_cast<const char*>(a + at * p.a.row), p.a.row * size, p.a.column * of_unit}
+                : Rows{reinterpret_cast<const char*>(packed + at / lanes * lanes * count + at % lanes), of_unit, lanes * of_unit};
+            blocks[smaller(block_rows, rows - at) - 1][wide - 1](p, there, columns, row + at, column);
         }
     }
 }
 
-std::int64_t row_blocks(const Product& p) { return ceil_div(p.m, block_rows); }
-std::int64_t vectors(const Product& p) { return ceil_div(p.n, lanes); }
+// Rows and columns of c are cut into so many parts, each for one thread.
+struct Cut {
+    int rows = 1, columns = 1;
+};
 
-}  // namespace
-
-// So that the largest part takes the least time: in cycles for a pair of k, roughly, with that for packing.
+// So that the largest part takes the least time: in cycles for a unit of k, roughly, with that for packing.
 Cut cut_product(const Product& p) {
     Cut best;
     std::int64_t least = 0;
     for (int columns = p.threads; columns >= 1; --columns) {
         const int rows = p.threads / columns;
-        const std::int64_t blocks = ceil_div(row_blocks(p), rows), wide = ceil_div(vectors(p), columns);
+        const std::int64_t high = ceil_div(row_blocks(p), rows), wide = ceil_div(vectors(p), columns);
         constexpr std::int64_t latency = 6;
-        const std::int64_t cycles = blocks * larger(wide * block_rows / 2, latency) + (has_pairs(p) ? 0 : 3 * blocks)
+        const std::int64_t cycles = high * larger(wide * block_rows / 2, latency) + (has_units(p) ? 0 : 3 * high)
             + wide * (p.b.row == 1 ? 9 : 6);
         if (least == 0 || cycles < least) {
             least = cycles;
@@ -251,14 +218,18 @@ Cut cut_product(const Product& p) {
     return best;
 }
 
-std::size_t pairs_of_part(const Product& p, const Cut& cut) {
-    const std::int64_t rows = has_pairs(p) ? 0 : (ceil_div(row_blocks(p), cut.rows) + 1) * block_rows;
-    return static_cast<std::size_t>(ceil_div(ceil_div(p.k, 2) * (rows + block_vectors * lanes), lanes) * lanes);
+std::size_t units_of_part(const Product& p, const Cut& cut) {
+    const std::int64_t rows = has_units(p) ? 0 : (ceil_div(row_blocks(p), cut.rows) + 1) * block_rows;
+    return static_cast<std::size_t>(ceil_div(units(p) * (rows + block_vectors * lanes), lanes) * lanes);
 }
 
-void multiply_parts(const Product& p, const Cut& cut, Pair* memory) {
+}  // namespace
+
+void FASTVAE_MULTIPLY(const Product& p, ProductMemory& memory) {
+    const Cut cut = cut_product(p);
     const int parts = cut.rows * cut.columns;
-    const std::size_t pairs = pairs_of_part(p, cut);
+    const std::size_t of_part = units_of_part(p, cut);
+    Unit* const begins = memory.at_least(static_cast<std::size_t>(parts) * of_part);
 #pragma omp parallel for num_threads(parts) schedule(static)
     for (int part = 0; part < parts; ++part) {
         const int i = part / cut.columns, j = part % cut.columns;
@@ -266,7 +237,7 @@ void multiply_parts(const Product& p, const Cut& cut, Pair* memory) {
         const std::int64_t end = smaller(begin(row_blocks(p), cut.rows, i + 1) * block_rows, p.m);
         const std::int64_t vector = begin(vectors(p), cut.columns, j);
         const std::int64_t wide = begin(vectors(p), cut.columns, j + 1) - vector;
-        multiply_part(p, row, end - row, vector, wide, memory + static_cast<std::size_t>(part) * pairs);
+        multiply_part(p, row, end - row, vector, wide, begins + static_cast<std::size_t>(part) * of_part);
     }
 }
 

@@ -344,7 +344,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_written(ca
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not _native.bf16_supported(), reason="needs a CPU that multiplies bf16")
+@pytest.mark.skipif(not _native.prefers_bf16(), reason="needs a CPU that computes in bf16")
 def test_a_model_that_cannot_be_trained_with_amp_is_refused_before_anything_is_written(data, tmp_path):
     class Squared(Net):
         def __init__(self):

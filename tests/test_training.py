@@ -223,7 +223,7 @@ def test_a_step_in_low_precision_follows_float32(data, amp_dtype, seed):
 def test_amp_is_float32_on_a_cpu_that_is_not_made_for_bf16(monkeypatch):
     cpu = torch.device("cpu")
     for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(device_module._native, "bf16_supported", lambda s=supported: s)
+        monkeypatch.setattr(device_module._native, "prefers_bf16", lambda s=supported: s)
         assert choose_amp_dtype(cpu, amp=True)[0] == expected
         assert choose_amp_dtype(cpu, amp=False)[0] == torch.float32
 

@@ -1,4 +1,4 @@
-"""Products of bfloat16 matrices on the CPU, prepared to be made again and again: csrc/product.cpp."""
+"""Products of matrices on the CPU, prepared to be made again and again: csrc/product.cpp."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch import Tensor
 
 from .. import _native
 
-# Up to here they are to the bit what torch's are, and faster; beyond, the arithmetic is all that counts.
+# Up to here they are faster than torch's, in bfloat16 the same to the bit; beyond, the arithmetic is all.
 _MOST_INNER = 1024
 _MOST_ELEMENTS = 1 << 21
 _MOST_SMALL = 16**3  # m n k up to which torch does not ask oneDNN, but adds up in another order
+_DTYPES = (torch.float32, torch.bfloat16)
 _CPU = torch.device("cpu")  # which need not be torch's default
 
 
 class Product:
     """a b, or bias + a b, for matrices like those given: in nothing but their memory others.
 
-    a, b: bfloat16 [m, k] and [k, n].
+    a, b: [m, k] and [k, n], both float32 or bfloat16.
     bias: [n].
     memory: to work in, which products that are not made at once may share.
     """
@@ -29,19 +30,22 @@ class Product:
     def __init__(self, a: Tensor, b: Tensor, memory: _native.ProductMemory) -> None:
         self._extents = a.shape[0], b.shape[1], a.shape[1]
         self._strides = a.stride(), b.stride()
+        self._dtype = a.dtype
         self._memory = memory
         self._kept: Tensor | None = None
         self._prepare(relu=False)
 
     @staticmethod
     def serves(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
-        """Whether it is better than torch's product of these, and gives the same."""
+        """Whether it is better than torch's product of these, and gives the same, of floats to a rounding."""
         (m, k), n = a.shape, b.shape[1]
-        if not _native.products_supported() or max(m, n) * k > _MOST_ELEMENTS or m * n * k <= _MOST_SMALL:
+        if a.dtype not in _DTYPES or not _native.products_supported(a.dtype == torch.bfloat16):
+            return False
+        if max(m, n) * k > _MOST_ELEMENTS or m * n * k <= _MOST_SMALL:
             return False
         given = (a, b) if bias is None else (a, b, bias)
         return (
-            all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and 1 in t.stride() for t in given)
+            all(t.dtype == a.dtype and t.device.type == "cpu" and 1 in t.stride() for t in given)
             and k <= _MOST_INNER
             and (bias is None or bias.shape == b.shape[1:])
         )
@@ -75,7 +79,8 @@ class Product:
 
     def _prepare(self, *, relu: bool) -> None:
         threads = torch.get_num_threads()
-        self._call = _native.ProductCall(self._extents, *self._strides, relu, threads, self._memory)
+        bf16 = self._dtype == torch.bfloat16
+        self._call = _native.ProductCall(bf16, self._extents, *self._strides, relu, threads, self._memory)
 
     def _empty(self) -> Tensor:
-        return torch.empty(self._extents[:2], dtype=torch.bfloat16, device=_CPU)
+        return torch.empty(self._extents[:2], dtype=self._dtype, device=_CPU)

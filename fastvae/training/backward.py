@@ -86,7 +86,8 @@ class Backward:
             outputs = self.tapes[kind](x)
         else:
             with self.weights.lent(), self._no_autocast:
-                outputs, tape = record(partial(self._terms_and_gradients, share=share), x)
+                terms_and_gradients = partial(self._terms_and_gradients, share=share)
+                outputs, tape = record(terms_and_gradients, x, lasting=len(ELBOTerms._fields))
             if tape is None:
                 self.tapes = None
             else:

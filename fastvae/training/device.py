@@ -34,6 +34,6 @@ def choose_amp_dtype(device: torch.device, amp: bool) -> tuple[torch.dtype, str]
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU computes in bf16"
         return torch.float16, "this GPU does not compute in bf16"
-    if _native.bf16_supported():
+    if _native.prefers_bf16():
         return torch.bfloat16, "this CPU computes in bf16"
-    return torch.float32, "this CPU has neither AVX512_BF16 nor AMX: bf16 would be slower"
+    return torch.float32, "this CPU multiplies bf16 no faster than float32"

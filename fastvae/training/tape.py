@@ -51,17 +51,22 @@ class Tape:
             return self._replay(*inputs, *self._constants)
 
 
-def record(function: Callable[..., tuple[Any, ...]], *inputs: Tensor) -> tuple[tuple[Any, ...], Tape | None]:
+def record(
+    function: Callable[..., tuple[Any, ...]], *inputs: Tensor, lasting: int | None = None
+) -> tuple[tuple[Any, ...], Tape | None]:
     """Call `function`, which gives tensors and None, and give its outputs and its tape.
 
     The tape makes the same tensor operations on the same tensors, random ones and in-place ones too; all that
     Python decided on the way stays decided. It is None where Python looked into a tensor (as by `item`), so
     that the next call might go another way.
+
+    lasting: so many of the tape's outputs, the first, lie in new memory at each call; the memory of the
+        others may be that of the call before. None is all.
     """
     recorder = _Recorder(inputs)
     with recorder:
         outputs = function(*inputs)
-    return outputs, recorder.tape(outputs)
+    return outputs, recorder.tape(outputs, lasting)
 
 
 def is_recordable(*modules: nn.Module) -> bool:
@@ -123,12 +128,12 @@ class _Recorder(TorchDispatchMode):
             self._add_result(result, self._graph.call_function(func, *arguments), given)
         return result
 
-    def tape(self, outputs: Sequence[Tensor | None]) -> Tape | None:
+    def tape(self, outputs: Sequence[Tensor | None], lasting: int | None) -> Tape | None:
         self._graph.output(tuple(None if t is None else self._node(t) for t in outputs))
         if not self._can_replay:
             return None
         _simplify(self._graph)
-        leaving = {_address(t) for t in outputs if t is not None}
+        leaving = {_address(t) for t in outputs[:lasting] if t is not None}
         for node in self._graph.nodes:
             if isinstance(node.target, (Plan, Product)):
                 node.target.reuse([address not in leaving for address in node.meta["storages"]])
