@@ -10,6 +10,7 @@
 #include <functional>
 #include <limits>
 #include <new>
+#include <ranges>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -59,7 +60,7 @@ BufferPool::BufferPool(std::size_t bytes, std::size_t keep, LentMemory lent)
     : bytes_(bytes), keep_(keep), lent_(std::move(lent)), process_(getpid()) {
     const std::size_t pieces = lent_.bytes / bytes_;
     idle_.reserve(keep_ + pieces);
-    for (std::size_t i = 0; i < pieces; ++i) idle_.push_back(memory_at(lent_.data + i * bytes_));
+    for (std::size_t i = 0; i < pieces; ++i) idle_.push_back({memory_at(lent_.data + i * bytes_), {}});
 }
 
 BufferPool::Memory BufferPool::memory_at(std::byte* data) const noexcept {
@@ -81,23 +82,28 @@ BufferPool::Memory BufferPool::allocate() const {
 }
 
 std::shared_ptr<std::byte> BufferPool::take() {
+    const auto writer = std::this_thread::get_id();
     Memory memory;
     {
         const std::scoped_lock lock(mutex_);
-        if (!idle_.empty()) {
-            memory = std::move(idle_.back());
-            idle_.pop_back();
+        auto last = std::ranges::find(idle_ | std::views::reverse, writer, &Idle::writer).base();
+        if (last == idle_.begin()) last = idle_.end();
+        if (last != idle_.begin()) {
+            memory = std::move(std::prev(last)->memory);
+            idle_.erase(std::prev(last));
         }
     }
     if (!memory) memory = allocate();
-    return {memory.release(), [pool = shared_from_this()](std::byte* done) { pool->put(pool->memory_at(done)); }};
+    return {memory.release(), [pool = shared_from_this(), writer](std::byte* done) {
+                pool->put({pool->memory_at(done), writer});
+            }};
 }
 
-void BufferPool::put(Memory memory) noexcept {
+void BufferPool::put(Idle idle) noexcept {
     // In a forked child the mutex may have been left locked by a thread that is gone.
     if (getpid() != process_) return;
     const std::scoped_lock lock(mutex_);
-    if (memory.get_deleter().lent || idle_.size() < keep_) idle_.push_back(std::move(memory));
+    if (idle.memory.get_deleter().lent || idle_.size() < keep_) idle_.push_back(std::move(idle));
 }
 
 struct Batches::State {

@@ -48,21 +48,25 @@ public:
 
 private:
     struct Free {
-        bool lent = false;
+        bool lent;
         void operator()(std::byte* memory) const noexcept;
     };
     using Memory = std::unique_ptr<std::byte, Free>;
+    struct Idle {
+        Memory memory;
+        std::thread::id writer;  // in the cache of whose core it may still be
+    };
 
     Memory allocate() const;
     Memory memory_at(std::byte* data) const noexcept;
-    void put(Memory memory) noexcept;
+    void put(Idle idle) noexcept;
 
     const std::size_t bytes_;
     const std::size_t keep_;
     const LentMemory lent_;
     const pid_t process_;
     std::mutex mutex_;
-    std::vector<Memory> idle_;
+    std::vector<Idle> idle_;
 };
 
 struct Batch {
