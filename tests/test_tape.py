@@ -16,6 +16,7 @@ from fastvae.inference.evaluate import negative_elbo
 from fastvae.models.model import ModelError
 from fastvae.ops.products import Product
 from fastvae.training.backward import MOST_TAPES
+from fastvae.training.distributed import Share
 from fastvae.training.step import TrainStep
 from fastvae.training.tape import is_recordable, record
 
@@ -185,6 +186,22 @@ def test_batches_of_many_sizes_have_few_tapes(seed: int) -> None:
         step(torch.rand(n, *ITEM))
     assert len(step.backward.tapes or ()) == MOST_TAPES
     assert step.optimizer.steps == MOST_TAPES + 5
+
+
+def test_a_step_without_a_tape_is_to_the_bit_one_with_a_tape(seed: int) -> None:
+    x, results = torch.rand(40, *ITEM), []
+    for sizes in ((), range(1, MOST_TAPES + 1)):
+        torch.manual_seed(seed)
+        model = fastvae.VAE.conv(ITEM, 6)
+        step = TrainStep(model, fastvae.ELBOLoss(), lr=0.0)
+        for n in sizes:
+            step(x[:n])
+        step(x), step.reset()
+        torch.manual_seed(seed)
+        step.backward(x, Share(0, len(x), len(x)))
+        results.append([leaf.grad.clone() for leaf in step.backward.leaves])
+    assert len(step.backward.tapes) == MOST_TAPES
+    assert all(map(torch.equal, *results))
 
 
 def test_another_number_of_threads_is_followed() -> None:

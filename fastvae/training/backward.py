@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from .distributed import Share
 from .extra import ExtraLoss
 from .gradient_sum import part_of, parts
 from .graph import likeness_of
-from .tape import Tape, is_recordable, record
+from .tape import Tape, TapeProducts, is_recordable, record
 from .weights import FlatWeights
 
 MOST_TAPES = 16  # each of which has the memory of a batch of its own; mostly there are two
@@ -70,6 +71,7 @@ class Backward:
         self._records = records and not as_written
         self.tapes: dict[Any, Tape] | None = None
         self._likeness: list[Any] = []  # of the modules when the tapes were begun
+        self._products: Callable[[], AbstractContextManager[Any]]
         self.reset()
 
     def __call__(self, x: Tensor, share: Share) -> ELBOTerms:
@@ -80,7 +82,7 @@ class Backward:
             return self._by_parts(x, share)
         kind = x.shape, x.stride(), x.dtype, share, torch.get_num_threads()  # of which calls are prepared
         if self.tapes is None or (kind not in self.tapes and len(self.tapes) == MOST_TAPES):
-            with self.weights.lent(), self._no_autocast:
+            with self.weights.lent(), self._no_autocast, self._products():
                 return self._as_written(x, share)
         if kind in self.tapes:
             outputs = self.tapes[kind](x)
@@ -194,8 +196,9 @@ class Backward:
         """Follow what the model's owner has frozen and written, and forget the tapes if it was changed."""
         self.weights.follow(self.model)
         if not self._records or not is_recordable(self.model, self.loss):
-            self.tapes = None
+            self.tapes, self._products = None, nullcontext
             return
+        self._products = TapeProducts  # of steps without a tape too, as another run may have one for them
         likeness = likeness_of([self.model, self.loss])
         if self.tapes is None or likeness != self._likeness:
             self.tapes, self._likeness = {}, likeness

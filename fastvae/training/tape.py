@@ -86,21 +86,12 @@ def is_recordable(*modules: nn.Module) -> bool:
     )
 
 
-class _Recorder(TorchDispatchMode):
-    """Writes each tensor operation into an fx.Graph; tensors that it did not make are constants."""
+class TapeProducts(TorchDispatchMode):
+    """While it lasts, products are made as a tape makes them: the same to the bit, which torch's are not."""
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._graph = fx.Graph()
-        self._made: dict[int, fx.Node] = {}
-        self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
-        self._storages: set[int] = set()  # of what was made
-        self._alive: list[Tensor] = []  # so that no id and no address is used twice
         self._memory = _native.ProductMemory()
-        self._can_replay = True
-        for i, tensor in enumerate(inputs):
-            self._add(tensor, self._graph.placeholder(f"input_{i}"))
-        self._last_placeholder = next(iter(reversed(self._graph.nodes)))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -113,6 +104,28 @@ class _Recorder(TorchDispatchMode):
         if func in _PRODUCTS and not kwargs and Product.serves(*(args[i] for i in _PRODUCTS[func])):
             args = tuple(args[i] for i in _PRODUCTS[func])
             func = Product(args[0], args[1], self._memory)
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+class _Recorder(TapeProducts):
+    """Writes each tensor operation into an fx.Graph; tensors that it did not make are constants."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._graph = fx.Graph()
+        self._made: dict[int, fx.Node] = {}
+        self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
+        self._storages: set[int] = set()  # of what was made
+        self._alive: list[Tensor] = []  # so that no id and no address is used twice
+        self._can_replay = True
+        for i, tensor in enumerate(inputs):
+            self._add(tensor, self._graph.placeholder(f"input_{i}"))
+        self._last_placeholder = next(iter(reversed(self._graph.nodes)))
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         self._can_replay &= func not in _ELSE_WITHOUT_AUTOGRAD
         result = func(*args, **kwargs)
         tensors = [t for t in _tensors((args, kwargs)) if id(t) in self._made]
