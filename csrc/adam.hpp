@@ -21,7 +21,8 @@ struct AdamPart {
     double lr_factor = 1, weight_decay = 0;
 };
 
-// Kingma and Ba 2015, algorithm 1, with weight decay as in Loshchilov and Hutter 2019 (AdamW).
+// Kingma and Ba 2015, algorithm 1, with weight decay as in Loshchilov and Hutter 2019 (AdamW). Subnormal numbers are
+// zeros, on x86.
 struct Adam {
     double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
     std::int64_t step = 1;  // counts from 1

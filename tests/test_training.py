@@ -282,6 +282,27 @@ def test_native_adam_does_not_depend_on_threads(seed):
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86")
+def test_moments_of_what_gets_no_gradient_do_not_stay_subnormal():
+    """Which would make each update four times as long."""
+    smallest = torch.finfo(torch.float32).tiny
+    layer = torch.nn.Linear(100, 1000)
+    optimizer = make_optimizer(FlatWeights(layer), [], "adam", 1e-3)
+    for size in (100 * smallest, 0.5 * smallest):
+        optimizer.mean.fill_(size)
+        optimizer.square.fill_(size)
+        before = layer.weight.detach().clone()
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        kept = size > smallest
+        for moment, decay in ((optimizer.mean, 0.9), (optimizer.square, 0.999)):
+            expected = torch.full((1000,), kept * decay * size)
+            torch.testing.assert_close(moment[:1000], expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(layer.weight.detach(), before, rtol=0, atol=0)
+    assert torch.tensor(0.5 * smallest) > 0  # everything else goes on as before
+
+
 def test_a_parameter_without_gradient_stays():
     model = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)])
     weights = FlatWeights(model)
