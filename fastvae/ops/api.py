@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import totals
+from . import autograd, totals
 from .checks import (
     check_capacity,
     check_noise,
@@ -19,6 +19,7 @@ from .checks import (
     scale_form,
 )
 from .dispatch import run, run_with_gradients, seed_for
+from .repeat import find, kind_of, learn
 from .types import ELBOTerms, Extents, Forward, FreeBitsForm, Impl, Inputs, Likelihood, Reduction, Spec
 
 if TYPE_CHECKING:
@@ -122,8 +123,16 @@ def elbo_from_spec(
     impl: Impl,
 ) -> ELBOTerms:
     """`elbo` with its choices already checked."""
+    kind = kind_of(inputs, log_variance, log_scale, spec, impl) if capacity is None else None
+    known = find(kind)
+    if known is not None:
+        inputs = inputs._replace(log_scale=log_variance) if log_variance else inputs  # type: ignore[arg-type]
+        return _terms(autograd.fused_elbo(inputs, *known), None)
     call = _prepare_loss(inputs, log_variance, log_scale, capacity, spec, process_group, impl)
-    return _terms(run(*call[:3], impl), call.added)
+    result = run(*call[:3], impl)
+    if kind is not None and call.spec is spec:  # which it is not where the batch's totals are part of it
+        learn(kind, *call[:3], impl)
+    return _terms(result, call.added)
 
 
 def elbo_with_gradients(

@@ -39,6 +39,8 @@ _DLPACK_TYPES = {  # code and bits
     torch.float16: (2, 16),
 }
 
+_NO_GRADIENTS = Gradients()
+
 _View = tuple[int, int, int, int, int] | None
 
 
@@ -49,9 +51,8 @@ def supports(spec: Spec) -> bool:
 
 def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     """Run the stages of `spec`; arguments as checked by ops.checks."""
-    call = _Call(inputs, spec, extents)
-    result = call.outputs()
-    call.run(result, None, Gradients())
+    result = _outputs(inputs, spec, extents)
+    _Call(inputs, spec, extents).run(result, None, _NO_GRADIENTS)
     return result
 
 
@@ -59,18 +60,16 @@ def forward_and_gradients(
     inputs: Inputs, spec: Spec, extents: Extents, needs: Needs
 ) -> tuple[Forward, Gradients]:
     """`forward`, and the gradients of the loss itself, in one pass."""
-    call = _Call(inputs, spec, extents)
-    result, gradients = call.outputs(), call.gradients(needs)
-    call.run(result, None, gradients)
+    result, gradients = _outputs(inputs, spec, extents), _gradients(inputs, extents, needs)
+    _Call(inputs, spec, extents).run(result, None, gradients)
     return result, gradients
 
 
 def backward(inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward, needs: Needs) -> Gradients:
     """The gradients for the upstream gradients of the fields of Forward; None is zero."""
     # the value of kl has no part in a gradient
-    call = _Call(inputs._replace(kl=None), spec, extents)
-    gradients = call.gradients(needs)
-    call.run(Forward(), upstream, gradients)
+    gradients = _gradients(inputs, extents, needs)
+    _Call(inputs._replace(kl=None), spec, extents).run(Forward(), upstream, gradients)
     return gradients
 
 
@@ -86,8 +85,8 @@ class Plan:
         self, inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward | None, needs: Needs | None
     ) -> None:
         call = _Call(inputs, spec, extents)
-        values = call.outputs() if upstream is None else Forward()
-        gradients = Gradients() if needs is None else call.gradients(needs)
+        values = _outputs(inputs, spec, extents) if upstream is None else Forward()
+        gradients = _NO_GRADIENTS if needs is None else _gradients(inputs, extents, needs)
         self._call = _native.ELBOCall(*call.arguments(values, upstream, gradients, _ONE_THREAD_BELOW_AWAKE))
         self._numbers = inputs.beta, inputs.log_scale
         made = [t for t in (*values, *gradients) if t is not None]
@@ -129,6 +128,41 @@ class Plan:
         return made
 
 
+class Repeated:
+    """This module's functions, for losses whose tensors `Plan.serves` and differ in their memory alone.
+
+    The arguments are put together once. It keeps no tensor, and any number of threads may call it.
+    """
+
+    GRADIENTS_IN_FORWARD = GRADIENTS_IN_FORWARD
+    backward = staticmethod(backward)
+
+    def __init__(self) -> None:
+        self._calls: dict[Needs | None, _native.ELBOCall] = {}
+
+    def forward(self, inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
+        return self._run(inputs, spec, extents, None)[0]
+
+    def forward_and_gradients(
+        self, inputs: Inputs, spec: Spec, extents: Extents, needs: Needs
+    ) -> tuple[Forward, Gradients]:
+        return self._run(inputs, spec, extents, needs)
+
+    def _run(
+        self, inputs: Inputs, spec: Spec, extents: Extents, needs: Needs | None
+    ) -> tuple[Forward, Gradients]:
+        values = _outputs(inputs, spec, extents)
+        gradients = _NO_GRADIENTS if needs is None else _gradients(inputs, extents, needs)
+        call = self._calls.get(needs)
+        if call is None:
+            arguments = _Call(inputs, spec, extents).arguments(values, None, gradients)
+            call = self._calls[needs] = _native.ELBOCall(*arguments)
+        addresses = [t.data_ptr() for t in (*inputs[:6], *values, *gradients) if t is not None]
+        beta = inputs.beta.item() if isinstance(inputs.beta, Tensor) else inputs.beta
+        call.run_again(addresses, None, beta, float(inputs.log_scale))
+        return values, gradients
+
+
 class _Call:
     """One call's arguments in the form of csrc/bind_elbo.cpp. It keeps alive what it points to."""
 
@@ -152,35 +186,6 @@ class _Call:
             self.beta_latents = self._vector(inputs.beta.reshape(-1))
         self.log_scale = float(inputs.log_scale)
         self.noise = None if inputs.seed is None else (int(inputs.seed), spec.offset, spec.first_row)
-
-    def outputs(self) -> Forward:
-        """Uninitialised results of the stages that run."""
-        samples = self.extents.samples
-        mu = self.inputs.mu
-        loss = recon = kl = z = kl_rows = None
-        if self.spec.likelihood:
-            loss = self._rows() if self.spec.per_sample else torch.empty_like(_SCALARS[self.dtype])
-            if self.spec.terms:
-                recon, kl = torch.empty_like(loss), torch.empty_like(loss)
-        if self.spec.sample and mu is not None:
-            z = mu.new_empty(mu.shape if samples == 1 else (samples, *mu.shape))
-            kl_rows = self._rows()
-        return Forward(loss, recon, kl, z, kl_rows)
-
-    def gradients(self, needs: Needs) -> Gradients:
-        """Uninitialised gradients, contiguous in the shapes of their inputs."""
-        inputs = self.inputs
-        x_hat, mu, logvar, kl, log_scale = needs
-        return Gradients(
-            _empty_like(inputs.x_hat) if x_hat else None,
-            _empty_like(inputs.mu) if mu else None,
-            _empty_like(inputs.logvar) if logvar else None,
-            self._rows() if kl else None,
-            torch.empty_like(inputs.log_scale, dtype=self.dtype) if log_scale else None,  # type: ignore[arg-type]
-        )
-
-    def _rows(self) -> Tensor:
-        return _empty((self.extents.batch,), self.dtype, False)
 
     def run(self, values: Forward, upstream: Forward | None, gradients: Gradients) -> None:
         _native.elbo(*self.arguments(values, upstream, gradients))
@@ -253,6 +258,36 @@ class _Call:
         rows = tensor.to(self.dtype)
         self.alive.append(rows)
         return rows.data_ptr(), rows.stride(0) if rows.ndim else 0
+
+
+def _outputs(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
+    """Uninitialised results of the stages that run."""
+    dtype, mu = inputs.compute_dtype, inputs.mu
+    loss = recon = kl = z = kl_rows = None
+    if spec.likelihood:
+        loss = _rows(extents, dtype) if spec.per_sample else torch.empty_like(_SCALARS[dtype])
+        if spec.terms:
+            recon, kl = torch.empty_like(loss), torch.empty_like(loss)
+    if spec.sample and mu is not None:
+        z = mu.new_empty(mu.shape if extents.samples == 1 else (extents.samples, *mu.shape))
+        kl_rows = _rows(extents, dtype)
+    return Forward(loss, recon, kl, z, kl_rows)
+
+
+def _gradients(inputs: Inputs, extents: Extents, needs: Needs) -> Gradients:
+    """Uninitialised gradients, contiguous in the shapes of their inputs."""
+    x_hat, mu, logvar, kl, log_scale = needs
+    return Gradients(
+        _empty_like(inputs.x_hat) if x_hat else None,
+        _empty_like(inputs.mu) if mu else None,
+        _empty_like(inputs.logvar) if logvar else None,
+        _rows(extents, inputs.compute_dtype) if kl else None,
+        torch.empty_like(inputs.log_scale, dtype=inputs.compute_dtype) if log_scale else None,  # type: ignore[arg-type]
+    )
+
+
+def _rows(extents: Extents, dtype: torch.dtype) -> Tensor:
+    return _empty((extents.batch,), dtype, False)
 
 
 def _empty_like(tensor: Any) -> Tensor:
