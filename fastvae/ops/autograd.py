@@ -76,7 +76,8 @@ class _FusedELBO(torch.autograd.Function):
         g = _take_ready(ctx, upstream)
         if g is None:
             _, spec, extents, kernels = ctx.call
-            g = kernels.backward(_inputs(ctx), spec, extents, Forward(*upstream), ctx.needs)
+            signed = Forward(*(None if t is None else t.resolve_neg() for t in upstream))
+            g = kernels.backward(_inputs(ctx), spec, extents, signed, ctx.needs)
         return g[0], None, g[1], g[2], g[3], None, None, g[4], None
 
 

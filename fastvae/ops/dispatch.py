@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def run(inputs: Inputs, spec: Spec, extents: Extents, impl: Impl) -> Forward:
     kernels = _kernels(impl, inputs, spec)
     if kernels is reference:
         return reference.forward(inputs, spec, extents)
-    return fused_elbo(inputs, spec, extents, kernels)
+    return fused_elbo(_with_signs_in_memory(inputs), spec, extents, kernels)
 
 
 def run_with_gradients(
@@ -67,6 +68,7 @@ def run_with_gradients(
         result = run(inputs, spec, extents, impl)
         assert result.loss is not None
         return result, [(result.loss, torch.ones_like(result.loss))]
+    inputs = _with_signs_in_memory(inputs)
     function = library.forward_and_gradients if library.is_watched() else kernels.forward_and_gradients
     with torch.no_grad():
         result, gradients = function(inputs, spec, extents, needs)
@@ -123,6 +125,14 @@ def _kernels(impl: Impl, inputs: Inputs, spec: Spec) -> ModuleType:
     from . import triton
 
     return triton
+
+
+def _with_signs_in_memory(inputs: Inputs) -> Inputs:
+    """For what reads memory: a view such as z.conj().imag has its sign elsewhere (torch.Tensor.is_neg)."""
+    if library.is_watched() or not any(isinstance(t, Tensor) and t.is_neg() for t in inputs):
+        return inputs
+    resolved: list[Any] = [t.resolve_neg() if isinstance(t, Tensor) else t for t in inputs]
+    return Inputs(*resolved)
 
 
 def _described(spec: Spec) -> str:

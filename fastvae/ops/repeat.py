@@ -41,7 +41,7 @@ def kind_of(
         return None
     kind: list[object] = [spec, impl, log_variance, log_scale, torch.get_num_threads()]
     for value in inputs[:7]:
-        if type(value) is Tensor and value.is_cpu and value.layout is torch.strided:
+        if type(value) is Tensor and value.is_cpu and value.layout is torch.strided and not value.is_neg():
             kind += value.shape, value.stride(), value.dtype
         elif type(value) in _PLAIN:
             kind.append(type(value))

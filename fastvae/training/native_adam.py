@@ -148,7 +148,7 @@ def _place(
 
 
 def _laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with its elements where `leaf` has its own."""
-    if gradient.stride() == leaf.stride():
+    """The gradient with its elements, and their signs, where `leaf` has its own."""
+    if gradient.stride() == leaf.stride() and not gradient.is_neg():
         return gradient
     return torch.empty_like(leaf).copy_(gradient)
