@@ -24,7 +24,7 @@ from .graph import likeness_of
 from .tape import Tape, TapeProducts, is_recordable, record
 from .weights import FlatWeights
 
-MOST_TAPES = 16  # each of which has the memory of a batch of its own; mostly there are two
+MOST_TAPES = 16  # each of which has memory of its own for a batch and gradients; mostly there are two
 
 
 class Backward:
