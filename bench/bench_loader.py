@@ -5,6 +5,8 @@ be; of the variants of plain indexing, and of DataLoader, the fastest is the one
 several kinds and sizes against the bandwidth of a plain copy of the same data by all threads: of the bytes
 that have to be moved, each element read once and written once. The same on a GPU, where there is one, for
 data that are kept there; and what streaming to it adds to the time of a reader that computes.
+
+An epoch may take no longer than processors need to wake: all have turns of the same time.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from fastvae.data import DataLoader, Transform
 Compare = Callable[..., None]
 N, D, BATCH = 60000, 784, 128
 FAST_ROUNDS, SLOW_ROUNDS = 15, 3
+TURN_SECONDS = 0.1
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
@@ -77,7 +80,13 @@ def test_bench_against_indexing(compare: Compare, data: torch.Tensor) -> None:
         "index_select": exhaust(lambda: index_select(data)),
         "index_select(out=)": exhaust(lambda: index_select_out(data)),
     }
-    compare("loader against plain tensor indexing", callables, rounds=FAST_ROUNDS, samples=N)
+    compare(
+        "loader against plain tensor indexing",
+        callables,
+        rounds=FAST_ROUNDS,
+        turn_seconds=TURN_SECONDS,
+        samples=N,
+    )
 
 
 # From Python 3.12 on, DataLoader's fork of a process with threads warns.
@@ -85,7 +94,13 @@ def test_bench_against_indexing(compare: Compare, data: torch.Tensor) -> None:
 def test_bench_against_torch_loader(compare: Compare, data: torch.Tensor) -> None:
     callables = {"fastvae": fastvae(data, None)}
     callables |= {f"DataLoader({n} workers)": torch_loader(data, n) for n in (0, 2)}
-    compare("loader against torch's DataLoader", callables, rounds=SLOW_ROUNDS, samples=N)
+    compare(
+        "loader against torch's DataLoader",
+        callables,
+        rounds=SLOW_ROUNDS,
+        turn_seconds=TURN_SECONDS,
+        samples=N,
+    )
 
 
 def rows(n: int, bytes_of_row: int, dtype: torch.dtype) -> torch.Tensor:
@@ -133,6 +148,7 @@ def test_bench_against_copy(
         f"loader, rows of {bytes_of_row:,} bytes, {names[0]} to {names[1]}",
         callables,
         rounds=FAST_ROUNDS,
+        turn_seconds=TURN_SECONDS,
         traffic={"fastvae": moved, "index_select": moved, "copy": 2 * data.nbytes},
     )
 
@@ -161,7 +177,13 @@ def test_bench_transforms(compare: Compare, data: torch.Tensor, name: str) -> No
                     yield padded[:, top : top + 28, left : left + 28].flip(2).contiguous()
 
     callables = {"fastvae": exhaust(lambda: iter(loader)), "index_select and torch": exhaust(in_torch)}
-    compare(f"loader, {name}, uint8 [{N}, 28, 28] to float32", callables, rounds=SLOW_ROUNDS, samples=N)
+    compare(
+        f"loader, {name}, uint8 [{N}, 28, 28] to float32",
+        callables,
+        rounds=SLOW_ROUNDS,
+        turn_seconds=TURN_SECONDS,
+        samples=N,
+    )
 
 
 def on_gpu(data: torch.Tensor, dtype: torch.dtype) -> DataLoader:

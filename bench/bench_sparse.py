@@ -20,7 +20,7 @@ from fastvae.data import DataLoader, counts
 
 Compare = Callable[..., None]
 N, D, DENSITY, BATCH = 10000, 1000, 0.069, 128
-ROUNDS = 15
+TURNS = {"rounds": 15, "turn_seconds": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_bench_counts(compare: Compare, matrix: sp.csr_array) -> None:
         "scipy float32, todense()": exhaust(lambda: todense(floats)),
         "numpy, by hand": exhaust(lambda: by_hand(matrix)),
     }
-    compare("CSR counts to dense batches", callables, rounds=ROUNDS, samples=matrix.shape[0])
+    compare("CSR counts to dense batches", callables, **TURNS, samples=matrix.shape[0])
 
 
 def test_bench_normalized_log1p(compare: Compare, matrix: sp.csr_array) -> None:
@@ -131,4 +131,4 @@ def test_bench_normalized_log1p(compare: Compare, matrix: sp.csr_array) -> None:
         "scipy, on the values, toarray(out=)": exhaust(lambda: scipy_normalized(floats, 1e4)),
         "scipy toarray(out=), then torch": exhaust(lambda: normalized(toarray_out(floats), 1e4)),
     }
-    compare("CSR counts, normalized, log1p", callables, rounds=ROUNDS, samples=matrix.shape[0])
+    compare("CSR counts, normalized, log1p", callables, **TURNS, samples=matrix.shape[0])
