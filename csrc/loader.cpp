@@ -86,6 +86,7 @@ std::shared_ptr<std::byte> BufferPool::take() {
     Memory memory;
     {
         const std::scoped_lock lock(mutex_);
+        // its own of last time, else anybody's
         auto last = std::ranges::find(idle_ | std::views::reverse, writer, &Idle::writer).base();
         if (last == idle_.begin()) last = idle_.end();
         if (last != idle_.begin()) {

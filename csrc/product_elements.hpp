@@ -51,7 +51,7 @@ struct Elements {
         _mm256_mask_storeu_epi16(to, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
     }
 
-    // __m512i of n neighbours in k.
+    // The units of n neighbours in k.
     static __m512i load_along(const Bf16* from, std::int64_t n) {
         return _mm512_maskz_loadu_epi16(first<__mmask32>(n), from);
     }

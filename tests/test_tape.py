@@ -1,4 +1,4 @@
-"""A recorded step is the step: bit for bit what the same code computes as it is written."""
+"""A recorded step is the step: with the same products, bit for bit what its code computes as written."""
 
 from __future__ import annotations
 
