@@ -129,10 +129,13 @@ def _kernels(impl: Impl, inputs: Inputs, spec: Spec) -> ModuleType:
 
 def _with_signs_in_memory(inputs: Inputs) -> Inputs:
     """For what reads memory: a view such as z.conj().imag has its sign elsewhere (torch.Tensor.is_neg)."""
-    if library.is_watched() or not any(isinstance(t, Tensor) and t.is_neg() for t in inputs):
+    if library.is_watched():
         return inputs
-    resolved: list[Any] = [t.resolve_neg() if isinstance(t, Tensor) else t for t in inputs]
-    return Inputs(*resolved)
+    for value in inputs:
+        if isinstance(value, Tensor) and value.is_neg():
+            resolved: list[Any] = [t.resolve_neg() if isinstance(t, Tensor) else t for t in inputs]
+            return Inputs(*resolved)
+    return inputs
 
 
 def _described(spec: Spec) -> str:
