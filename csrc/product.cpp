@@ -19,55 +19,43 @@ Unit* ProductMemory::at_least(std::size_t units) {
 
 namespace {
 
-bool has_tiles() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("amx-bf16");
-#else
-    return false;
-#endif
-}
+// What decides how this CPU multiplies.
+struct CPU {
+    bool avx512 = false, avx512_bf16 = false, amx_bf16 = false, intel = false;
+};
 
-bool has_vectors() {
+CPU find_cpu() {
+    CPU cpu;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
+    cpu.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    cpu.avx512_bf16 = __builtin_cpu_supports("avx512bf16");
+    cpu.intel = __builtin_cpu_is("intel");
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+    cpu.amx_bf16 = __builtin_cpu_supports("amx-bf16");
 #endif
+#endif
+    return cpu;
 }
 
-bool is_intel() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_is("intel");
-#else
-    return false;
-#endif
-}
-
-bool has_avx512() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl");
-#else
-    return false;
-#endif
+const CPU& cpu() {
+    static const CPU found = find_cpu();
+    return found;
 }
 
 }  // namespace
 
 // Intel's AVX512_BF16 takes twice as long for as many products as float32 does (Emerald Rapids: a quarter of the
 // instructions, each with twice the products); its CPUs have AMX for them, unless a virtual machine hides it.
-bool prefers_bf16() { return has_tiles() || (has_vectors() && !is_intel()); }
+bool prefers_bf16() { return cpu().amx_bf16 || (cpu().avx512_bf16 && !cpu().intel); }
 
 Multiply product_kernel([[maybe_unused]] bool bf16) {
 #if defined(FASTVAE_BF16_PRODUCTS)
-    if (bf16) return has_avx512() && has_vectors() && !has_tiles() ? multiply_bf16 : nullptr;
+    if (bf16) return cpu().avx512 && cpu().avx512_bf16 && !cpu().amx_bf16 ? multiply_bf16 : nullptr;
 #endif
 #if defined(FASTVAE_FLOAT_PRODUCTS)
-    if (!bf16) return has_avx512() ? multiply_float : nullptr;
+    if (!bf16) return cpu().avx512 ? multiply_float : nullptr;
 #endif
     return nullptr;
 }
