@@ -136,6 +136,21 @@ def test_serves(dtype: torch.dtype) -> None:
     assert not Product.serves(a[:16, :16], b[:16, :16])
 
 
+@pytest.mark.parametrize("prefers_bf16", [True, False])
+def test_float32_is_left_to_torch_where_it_may_round_and_gains_by_it(
+    prefers_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "prefers_bf16", lambda: prefers_bf16)
+    a, precision = torch.zeros(40, 40), torch.backends.mkldnn.matmul
+    served, before = Product.serves(a, a), precision.fp32_precision
+    try:
+        precision.fp32_precision = "bf16"
+        assert Product.serves(a, a) == (served and not prefers_bf16)
+        assert Product.serves(a.bfloat16(), a.bfloat16()) == _native.products_supported(True)
+    finally:
+        precision.fp32_precision = before
+
+
 @pytest.mark.parametrize("dtype", NEEDS, ids=str)
 def test_misuse(dtype: torch.dtype) -> None:
     bf16 = dtype == torch.bfloat16

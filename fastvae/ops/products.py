@@ -43,6 +43,8 @@ class Product:
             return False
         if max(m, n) * k > _MOST_ELEMENTS or m * n * k <= _MOST_SMALL:
             return False
+        if a.dtype == torch.float32 and _may_be_rounded():
+            return False
         given = (a, b) if bias is None else (a, b, bias)
         return (
             all(t.dtype == a.dtype and t.device.type == "cpu" and 1 in t.stride() for t in given)
@@ -84,3 +86,9 @@ class Product:
 
     def _empty(self) -> Tensor:
         return torch.empty(self._extents[:2], dtype=self._dtype, device=_CPU)
+
+
+def _may_be_rounded() -> bool:
+    """Whether somebody has allowed torch to multiply float32 as bfloat16, and this CPU gains by it."""
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # of a made-up module
+    return _native.prefers_bf16() and precision not in ("none", "ieee")
