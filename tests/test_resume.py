@@ -64,7 +64,7 @@ def fit(
     data: np.ndarray, out: Path, *, stop_at: int | None = None, resume: bool = False, **options
 ) -> Trainer:
     torch.manual_seed(1)
-    model = VAE.mlp((12,), (16,), 3, likelihood="gaussian")
+    model = VAE.mlp((12,), (64,), 3, likelihood="gaussian")
     options = {"epochs": 4, "device": "cpu", "seed": 5} | options
     config = TrainConfig(out=str(out), **options)
     train, val = Stopping(data[:150], stop_at), DataLoader(data[150:], 50)
@@ -191,7 +191,7 @@ def test_other_data_and_another_model_are_refused(data, tmp_path) -> None:
     fit(data, tmp_path, epochs=1)
     with pytest.raises(CheckpointError, match="of epochs of 10 batches, got 5; expected the same data"):
         Trainer(
-            VAE.mlp((12,), (16,), 3, likelihood="gaussian"),
+            VAE.mlp((12,), (64,), 3, likelihood="gaussian"),
             DataLoader(data[:75], 16),
             config=TrainConfig(out=str(tmp_path), device="cpu"),
             resume=True,
@@ -209,7 +209,7 @@ def test_other_data_and_another_model_are_refused(data, tmp_path) -> None:
     ):
         with pytest.raises(CheckpointError, match=f"of other data or options: state: {differs}"):
             Trainer(
-                VAE.mlp((12,), (16,), 3, likelihood="gaussian"),
+                VAE.mlp((12,), (64,), 3, likelihood="gaussian"),
                 train,
                 config=TrainConfig(out=str(tmp_path), device="cpu"),
                 resume=True,
@@ -229,7 +229,7 @@ def test_a_checkpoint_without_the_loader_s_state_is_resumed(data, tmp_path, monk
 
 
 def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(data, tmp_path) -> None:
-    """A limit to the size of files, which the checkpoint that has the best weights too exceeds."""
+    """A limit to the size of files, which the checkpoint that has the best weights, 9 kB, too exceeds."""
     trainer = fit(data, tmp_path / "whole", epochs=1)
     room = checkpoints(tmp_path / "whole")[0].stat().st_size
     first_without_best = room - sum(w.nbytes for w in trainer.model.state_dict().values())

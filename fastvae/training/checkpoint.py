@@ -1,15 +1,14 @@
 """All that a training needs to go on, on disk: whole at any moment, checked by a checksum, never unpickled.
 
 A checkpoint is one safetensors file, checkpoints/step-<step>.safetensors: tensors by name, and what is not a
-tensor as JSON in its metadata. It is written beside the training to a new file, fsynced and renamed.
+tensor as JSON in one of bytes. It is written beside the training to a new file, fsynced and renamed.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-import zlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -17,12 +16,16 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
+import xxhash
 from torch import Tensor
 
-from ..models.files import save_weights
+from ..models.files import replacing, save_weights
+from .file_image import FileImage
 from .run_folder import CHECKPOINTS_NAME
 
 BEST_NAME = "best.safetensors"
+STATE, CHECKSUM = "state", "checksum"  # what a checkpoint holds beside the tensors of the training
+STATE_ROOM = 1 << 14  # bytes; an epoch adds about 500
 KEPT = 2  # so that one is left when the newest turns out to be damaged
 
 
@@ -43,9 +46,9 @@ class CheckpointWriter:
     def __init__(self, run: Path) -> None:
         self.folder = run / CHECKPOINTS_NAME
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
-        self._copies: dict[str, Tensor] = {}  # kept, for memory that was touched is written faster
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._image: FileImage | None = None  # kept, for memory that was touched is written faster
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -53,10 +56,9 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        self._background.shutdown()
+        if kind is None:  # else the first error is the one to hear of
             self.wait()
-        elif self._thread is not None:
-            self._thread.join()  # the first error is the one to hear of
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Copy the tensors and begin to write; waits for the write before, and raises its OSError.
@@ -65,9 +67,16 @@ class CheckpointWriter:
         """
         self.wait()
         path = checkpoint_path(self.folder.parent, step)
-        self._copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(path, self._copies, json.dumps(state)))
-        self._thread.start()
+        contents = {
+            **tensors,
+            STATE: _as_bytes(json.dumps(state)),
+            CHECKSUM: torch.empty(8, dtype=torch.uint8, device="cpu"),
+        }
+        if self._image is None or not self._image.holds(contents):
+            self._image = None  # its memory goes first
+            self._image = FileImage(contents)
+        self._image.fill(contents)
+        self._writing = self._background.submit(self._write, path, self._image)
         return path
 
     def save_best(self, weights: Mapping[str, Tensor]) -> None:
@@ -80,27 +89,19 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Wait until nothing is being written; raises the OSError of a write that failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        copy = self._copies.get(name)
-        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        return copy.copy_(tensor.detach())
-
-    def _write(self, path: Path, tensors: dict[str, Tensor], state: str) -> None:
+    def _write(self, path: Path, image: FileImage) -> None:
         try:
-            save_weights(path, tensors, {"state": state, "checksum": _checksum(tensors, state)})
+            image.tensors[CHECKSUM].copy_(_checksum(image.tensors))
+            with replacing(path) as temporary:
+                image.write(temporary)
             for old in checkpoints(self.folder.parent)[KEPT:]:
                 old.unlink()
         except OSError as error:
-            error.filename = error.filename or str(path)
-            self._error = error
+            raise OSError(error.errno, f"could not be written: {error.strerror}", str(path)) from error
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -123,14 +124,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises CheckpointError for a damaged file, OSError for one that cannot be read."""
     try:
         tensors = safetensors.torch.load(path.read_bytes())
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        state, checksum = metadata["state"], metadata["checksum"]
+        state, checksum = tensors[STATE], tensors[CHECKSUM]
     except (safetensors.SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path}: expected a checkpoint of fastvae: {error}") from error
-    if _checksum(tensors, state) != checksum:
+    if not _checksum(tensors).equal(checksum):
         raise CheckpointError(f"{path}: its contents do not have its checksum; it has been damaged")
-    return Checkpoint(tensors, json.loads(state))
+    del tensors[STATE], tensors[CHECKSUM]
+    return Checkpoint(tensors, json.loads(state.numpy().tobytes()))
 
 
 def load_newest_checkpoint(run: Path) -> tuple[Checkpoint, list[str]]:
@@ -159,10 +159,20 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
-def _checksum(tensors: Mapping[str, Tensor], state: str) -> str:
-    crc = zlib.crc32(state.encode())
+def _as_bytes(text: str) -> Tensor:
+    """With spaces behind it, so that a text that grows keeps its length for some time."""
+    content = text.encode()
+    return torch.frombuffer(
+        bytearray(content.ljust(-(-len(content) // STATE_ROOM) * STATE_ROOM)), dtype=torch.uint8
+    )
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Eight bytes, of all but the checksum."""
+    digest = xxhash.xxh3_64()
     for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        crc = zlib.crc32(content, crc)
-    return f"{crc:08x}"
+        if name != CHECKSUM:
+            content: Any = tensor.view(-1).view(torch.uint8).numpy()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(content)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Progress:
         return patience is not None and bool(self.best) and self.epoch - 1 - self.best["epoch"] >= patience
 
     def to_json(self, batches: int) -> dict[str, Any]:
-        return {"batches": batches, **asdict(self)}
+        return {"batches": batches, **vars(self)}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any], batches: int) -> Progress:
