@@ -80,7 +80,7 @@ class SkippedSteps:
             self.in_a_row += 1
             what = self._described(finding)
             if self.in_a_row > self.most:
-                skipped = f", after {self.in_a_row - 1} steps in a row that were skipped" if self.most else ""
+                skipped = f"; skipped in a row before it: {self.in_a_row - 1}" if self.most else ""
                 raise NonFiniteError(step, what + skipped)
             if self.total == 1:
                 print(f"step {step} is skipped: {what}; metrics.jsonl counts the steps that are", flush=True)
