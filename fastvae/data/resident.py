@@ -13,6 +13,7 @@ from .device import DevicePasses, Epoch
 from .gather import Gather
 from .mapped import sequential_blocks
 from .passes import share
+from .source import DataError
 from .transfers import Copies, carried
 
 _UPLOAD_BYTES = 16 << 20  # read and copied at a time
@@ -101,6 +102,7 @@ class Resident(DevicePasses):
         )
         first = 0
         for x, *y in (tensors_of(batch, self._x.dtype) for batch in batches):
+            self._check(x, first)
             self._x[first : first + len(x)].copy_(x)
             if self._y is not None:
                 self._y[first : first + len(x)].copy_(y[0])
@@ -108,3 +110,18 @@ class Resident(DevicePasses):
         self._copies.wait(self._copies.read())  # whichever stream the reader will be on
         self._samples.release()
         self._is_there = True
+
+    def _check(self, x: torch.Tensor, first: int) -> None:
+        """Raises DataError where floats from sample `first` on are to be binarized and are no probabilities.
+
+        Those in memory were looked at before.
+        """
+        source, transform = self._wanted.source, self._wanted.transform
+        if transform is None or not transform.binarize or self._wanted.is_uint8 or source.in_memory:
+            return
+        low, high = x.aminmax()
+        if low < 0 or high > 1:
+            place = first + int(((x < 0) | (x > 1)).nonzero()[0, 0])
+            row = place if self._samples.indices is None else self._samples.indices[place]
+            got = f"{source.name}: no probability in row {row}"
+            raise DataError(f"{got}; expected values in [0, 1] to binarize")

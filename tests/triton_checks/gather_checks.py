@@ -21,7 +21,7 @@ from fastvae.kernels.gather import is_on
 from torch import Tensor
 
 from fastvae import _native
-from fastvae.data import DataLoader, ShapeSource, Transform, counts, resident
+from fastvae.data import DataError, DataLoader, ShapeSource, Transform, counts, resident
 from fastvae.data.device import DevicePasses, passes_on
 from fastvae.data.gather import Gather
 from fastvae.data.resident import Resident
@@ -165,6 +165,22 @@ def test_floats_are_taken_as_they_are(source: type, seed: int) -> None:
     for kind in KINDS:
         check(kind, x, dtype=FP32, transform=Transform(padding=1))
     check(Resident, x.astype(np.float32), dtype=FP32, transform=Transform(scale=0.3, shift=1e-3))
+
+
+@pytest.mark.parametrize("indices", [None, range(49, 9, -1)])
+def test_what_is_no_probability_is_not_kept(
+    tmp_path: Path, indices: range | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a mapped file, which is not looked at before; a step above 1 and below 0, in float32."""
+    monkeypatch.setattr("fastvae.data.arrays._SCAN_BYTES", 1000)
+    monkeypatch.setattr(resident, "_UPLOAD_BYTES", 1000)
+    for value in (np.nextafter(np.float32(1), np.float32(2)), np.float32(-1e-30)):
+        x = np.ones((50, 4, 3, 2), np.float32)
+        x[30, 2, 1, 0] = value
+        np.save(tmp_path / "x.npy", x)
+        loader = DataLoader(tmp_path / "x.npy", 8, transform=Transform(binarize=True), indices=indices)
+        with pytest.raises(DataError, match=r"x\.npy: no probability in row 30; expected values in"):
+            next(iter(on_device(loader, Resident)))
 
 
 @triton.jit
