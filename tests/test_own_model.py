@@ -197,7 +197,7 @@ def test_tied_weights(data, tmp_path):
             self.again = nn.Linear(6, 6, bias=False)
             self.again.weight = self.encoder[3].weight
 
-    trainer, _ = _fit(Tied(), data, out=str(tmp_path), amp=True)
+    trainer, _ = _fit(Tied(), data, out=str(tmp_path), amp=True, weights_epochs=1)
     weights = load_file(tmp_path / "model.safetensors")
     assert torch.equal(weights["again.weight"], weights["encoder.3.weight"])
     assert torch.equal(load(tmp_path, Tied).again.weight, trainer.model.again.weight)
@@ -291,6 +291,11 @@ def _sparse():
     return net
 
 
+def _on_meta():
+    with torch.device("meta"):
+        return Net()
+
+
 WRONG = {
     "nothing": (lambda: nn.Linear(1, 1), "got Linear without encode and decode, expected an nn.Module with"),
     "no decode": (lambda: _with(decode=None), "got Other without decode"),
@@ -303,6 +308,11 @@ WRONG = {
         "got Net with encoder.2.weight and decoder.0.weight in one memory, expected one nn.Parameter,",
     ),
     "sparse": (_sparse, "got Net with sparse gradients of classes, expected sparse=False there"),
+    "meta": (_on_meta, "got Net on the meta device, expected weights"),
+    "extra state": (
+        lambda: _with(get_extra_state=lambda self: {"a": 1}),
+        "got Other with a dict as _extra_state, expected get_extra_state to give a tensor",
+    ),
     "likelihood": (lambda: _with(likelihood="poisson"), "got likelihood 'poisson', expected one of mse,"),
     "one tensor": (
         lambda: _with(encode=lambda self, x: self.encoder(x)),
@@ -342,6 +352,24 @@ def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_written(ca
         _fit(make(), data, out=str(tmp_path))
     assert str(error.value).startswith(f"model: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_in_another_order_are_refused():
+    """Of as many numbers, but other pixels; flat ones are in order."""
+
+    class Images(Net):
+        def encode(self, x):
+            return super().encode(x.flatten(1))
+
+        def decode(self, z):
+            return super().decode(z).view(self.shape)
+
+    model, x = Images(), torch.rand(5, 3, 2, 2)
+    for model.shape in (x.shape, (5, 12)):
+        assert check_batch(model, x) == (3,)
+    model.shape = (5, 2, 2, 3)
+    with pytest.raises(ModelError, match=r"got a tensor 5 x 2 x 2 x 3 .* expected x_hat 5 x 3 x 2 x 2, as x"):
+        check_batch(model, x)
 
 
 @pytest.mark.skipif(not _native.prefers_bf16(), reason="needs a CPU that computes in bf16")

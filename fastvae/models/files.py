@@ -131,6 +131,11 @@ def _own(
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, all or nothing. Raises OSError where writing fails."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    begun: set[int] = set()
+    for name, tensor in on_cpu.items():
+        if tensor.data_ptr() in begun:  # a weight of two names, which the file holds twice
+            on_cpu[name] = tensor.clone()
+        begun.add(tensor.data_ptr())
     with replacing(path) as temporary:
         try:
             safetensors.torch.save_file(on_cpu, temporary, metadata)

@@ -55,11 +55,19 @@ def check_parameters(model: nn.Module) -> None:
         raise ModelError(
             f"model: got {name} with nothing to train, expected parameters that require gradients"
         )
+    if any(p.is_meta for p in model.parameters()):
+        raise ModelError(f"model: got {name} on the meta device, expected weights; see nn.Module.to_empty")
     if any(is_lazy(p) for p in trained):
         raise ModelError(f"model: got {name} with lazy parameters; encode and decode one batch with it first")
     others = {p.dtype for p in trained} - {torch.float32}
     if others:
         raise ModelError(f"model: got {name} with parameters of {others.pop()}, expected torch.float32")
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            got = f"{name} with {_described(value)} as {key}"
+            raise ModelError(
+                f"model: got {got}, expected get_extra_state to give a tensor, which checkpoints hold"
+            )
     places: dict[int, str] = {}
     for weight, p in model.named_parameters():
         address = p.data_ptr() if p.requires_grad else 0
@@ -82,7 +90,7 @@ def check_batch(model: Model, x: Tensor) -> tuple[int, ...]:
     """
     name = type(model).__name__
     devices = [x.device] if x.is_cuda else []
-    with torch.random.fork_rng(devices), evaluating(model), torch.no_grad():
+    with torch.random.fork_rng(devices), evaluating(model), _buffers_kept(model), torch.no_grad():
         encoded: Any = model.encode(x)
         pair = isinstance(encoded, (tuple, list)) and len(encoded) == 2
         if not (pair and all(isinstance(t, Tensor) and t.is_floating_point() for t in encoded)):
@@ -96,10 +104,26 @@ def check_batch(model: Model, x: Tensor) -> tuple[int, ...]:
                 "in the batch"
             )
         x_hat: Any = model.decode(mu)
-        if not isinstance(x_hat, Tensor) or len(x_hat) != len(x) or x_hat.numel() != x.numel():
+        fits = isinstance(x_hat, Tensor) and len(x_hat) == len(x) and x_hat.numel() == x.numel()
+        if not fits or (x_hat.ndim == x.ndim and x_hat.shape != x.shape):
             got = f"{_described(x_hat)} of {name}.decode for z {_shape(mu)}"
             raise ModelError(f"model: got {got}, expected x_hat {_shape(x)}, as x")
     return tuple(mu.shape[1:])
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back the buffers that are written or replaced meanwhile."""
+    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = [(b, b.clone()) for _, buffers in kept for b in buffers.values() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+        for module, buffers in kept:
+            module._buffers.update(buffers)
 
 
 def likelihood_of(model: nn.Module) -> Likelihood:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -79,10 +79,11 @@ class Backward:
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.accumulate > 1:
-            return self._by_parts(x, share)
+            with self._unrecorded():
+                return self._by_parts(x, share)
         kind = x.shape, x.stride(), x.dtype, share, torch.get_num_threads()  # of which calls are prepared
         if self.tapes is None or (kind not in self.tapes and len(self.tapes) == MOST_TAPES):
-            with self.weights.lent(), self._no_autocast, self._products():
+            with self._unrecorded(), self._products():
                 return self._as_written(x, share)
         if kind in self.tapes:
             outputs = self.tapes[kind](x)
@@ -117,6 +118,15 @@ class Backward:
             ) from error
         return latent_shape
 
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """For the model's own code: no gradients are there before, and what it did to weights is taken up."""
+        for leaf in self.leaves:
+            leaf.grad = None  # which a callback's backward may have left
+        with self.weights.lent(), self._no_autocast:
+            yield
+        self.weights.take_up()
+
     def _as_written(self, x: Tensor, share: Share) -> ELBOTerms:
         """`__call__` by autograd, from the loss on or from what its gradients are made of with it."""
         scaled = self.weights.is_half or parts(self.loss.spec, share) != (1, 1)
@@ -135,12 +145,11 @@ class Backward:
         seed = random_bits(x.device)
         summed = x.new_zeros(len(ELBOTerms._fields))
         first = share.first
-        with self.weights.lent(), self._no_autocast:
-            for part in x.chunk(self.accumulate):
-                terms = self.terms(part, Share(first, len(part), share.batch), seed)
-                self._backward(terms.loss)
-                summed += torch.stack(terms).detach()
-                first += len(part)
+        for part in x.chunk(self.accumulate):
+            terms = self.terms(part, Share(first, len(part), share.batch), seed)
+            self._backward(terms.loss)
+            summed += torch.stack(terms).detach()
+            first += len(part)
         return ELBOTerms(*summed)
 
     def terms(self, x: Tensor, share: Share, seed: Tensor | None = None) -> ELBOTerms:

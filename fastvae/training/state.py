@@ -107,6 +107,7 @@ def training_tensors(model: Model, loss: ELBOLoss, step: TrainStep) -> dict[str,
         generators["cuda"] = torch.cuda.get_rng_state(device)
     return {
         **prefixed("model", model.state_dict()),
+        **prefixed("buffer", _other_buffers(model)),
         **prefixed("loss", dict(loss.named_parameters())),
         **prefixed("step", step.tensors()),
         **prefixed("generator", generators),
@@ -122,7 +123,10 @@ def load_training_tensors(
         model.load_state_dict(without_prefix("model", tensors))
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint is of another model: {error}") from error
+    others = _other_buffers(model)
     with torch.no_grad():
+        for name, value in without_prefix("buffer", tensors).items():
+            others[name].copy_(value)
         for name, value in without_prefix("loss", tensors).items():
             loss.get_parameter(name).copy_(value)
     step.load_tensors(without_prefix("step", tensors))
@@ -130,3 +134,9 @@ def load_training_tensors(
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and device.type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"], device)
+
+
+def _other_buffers(model: Model) -> dict[str, Tensor]:
+    """Those that are not persistent: of no use to who has the weights, but steps may change them."""
+    persistent = model.state_dict()
+    return {name: b for name, b in model.named_buffers() if name not in persistent}

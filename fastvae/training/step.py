@@ -290,15 +290,16 @@ class TrainStep:
         self.sums.load_tensors(tensors)
         self.steps = int(tensors["steps"])
 
-    def reset(self) -> None:
-        """Begin an epoch: new averages, and new tapes or graphs of a model that its owner has changed.
-
-        Weights that a callback has written are taken up, too.
-        """
+    def take_up(self) -> None:
+        """Follow what a callback has done to the model: new tapes or graphs where it was changed."""
         self._buffers.refresh()
         self.backward.reset()
         if self.graphs is not None:
             self.graphs.reset(self._why_not_captured())
+
+    def reset(self) -> None:
+        """Begin an epoch: new averages, and `take_up`."""
+        self.take_up()
         self.sums.reset()
         if self.extra is not None:
             self.extra.reset()

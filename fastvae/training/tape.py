@@ -17,6 +17,7 @@ from .. import _native
 from ..ops import library
 from ..ops.native import Plan
 from ..ops.products import Product
+from .weights import has_hooks
 
 _aten = torch.ops.aten
 _SAME_TENSOR = {_aten.detach.default, _aten.alias.default}  # where no autograd looks on
@@ -81,6 +82,7 @@ def is_recordable(*modules: nn.Module) -> bool:
         and module._compiled_call_impl is None
         and not any((module._forward_pre_hooks, module._forward_hooks))
         and not any((module._backward_pre_hooks, module._backward_hooks))
+        and not any(has_hooks(p) for p in module._parameters.values() if p is not None)
         for top in modules
         for module in top.modules()
     )

@@ -122,8 +122,9 @@ class Trainer:
         self.device, self.device_reason = choose_device(config.device)
         check_devices(self.ranks, self.device)
         self.amp_dtype, self.amp_reason = choose_amp_dtype(self.device, config.amp)
-        self.model = as_model(model).to(self.device)
+        self.model = as_model(model)
         check_parameters(model)
+        self.model.to(self.device)
         if loss is None:
             loss = negative_elbo(
                 model,
@@ -283,6 +284,8 @@ class Trainer:
         self.model.train()
         if first == 0:
             step.reset()
+        else:  # on_start of a callback came after what was resumed
+            step.take_up()
         earlier, waited_earlier = progress.epoch_seconds, progress.epoch_wait_seconds
         began = time.perf_counter()
         next_report = began + REPORT_SECONDS

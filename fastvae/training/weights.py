@@ -28,8 +28,8 @@ class FlatWeights:
 
     The model's own parameters become views of it, each with its layout (channels_last, say). `lent` puts
     copies in `amp_dtype` into the linear and convolutional layers while a step runs; they are cast once an
-    update, all together. Parameters of another dtype, those without gradients and those in `exclude` stay as
-    they are.
+    update, all together. Parameters with hooks have none, whose gradients the hooks would not see. Parameters
+    of another dtype, those without gradients and those in `exclude` stay as they are.
 
     flat: all weights; its gradient is filled by `gather_gradients`.
     copies: their copies in `amp_dtype`, in the same places; None for float32.
@@ -77,9 +77,11 @@ class FlatWeights:
                     continue
                 for name, parameter in module.named_parameters(recurse=False):
                     place = places.get(id(parameter))
-                    if place is not None:
+                    if place is not None and not has_hooks(parameter):
                         self._swaps.append((module, name, parameter, copies[place]))
                         self.leaves[place] = copies[place]
+        self._copied_to = [copy.data_ptr() for *_, copy in self._swaps]
+        self._version = 0 if self.copies is None else self.copies._version  # as the last step left it
 
     @property
     def is_half(self) -> bool:
@@ -114,13 +116,33 @@ class FlatWeights:
                 f"model: got another parameter as {name} in the training, expected those of its beginning; "
                 "write into what is there, as by copy_()"
             )
+        for module, name, parameter, copy in self._swaps:
+            if has_hooks(parameter):
+                got = f"a hook of the {name} of a {type(module).__name__} in the training"
+                raise ModelError(f"model: got {got}, expected it before fit, or no amp")
+            copy.requires_grad_(parameter.requires_grad)
+        self.take_up()
+        self.refresh_copies()
+
+    def take_up(self) -> None:
+        """Take the values of parameters whose owner has set their `data`.
+
+        Raises ModelError where that was done, or they were written, in a layer that has a copy.
+        """
         for parameter, place in self._places:
-            if parameter.data_ptr() != place.data_ptr():  # its owner has set `data`
+            if parameter.data_ptr() != place.data_ptr():
                 place.copy_(parameter.detach())
                 parameter.data = place
-        for _, _, parameter, copy in self._swaps:
-            copy.requires_grad_(parameter.requires_grad)
-        self.refresh_copies()
+        if self.copies is None:
+            return
+        moved = any(
+            copy.data_ptr() != place for (*_, copy), place in zip(self._swaps, self._copied_to, strict=True)
+        )
+        if moved or self.copies._version != self._version:
+            raise ModelError(
+                "model: got one that writes into weights in encode or decode with amp, expected them to be "
+                "left to the optimizer; train without amp, or use torch.nn.utils.parametrizations"
+            )
 
     def are_finite(self) -> bool:
         """Whether all weights are; waits for the device."""
@@ -161,6 +183,7 @@ class FlatWeights:
         """Bring the copies up to date with `flat`, after an update of `flat` alone."""
         if self.copies is not None:
             self.copies.copy_(self.flat.detach())
+            self._version = self.copies._version
 
     def release(self) -> None:
         """Give the model's parameters memory of their own again."""
@@ -174,6 +197,11 @@ class FlatWeights:
             part.as_strided(p.shape, torch.empty_like(p).stride(), part.storage_offset())
             for part, p in zip(parts, self._parameters, strict=True)
         ]
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether its gradient goes through code of its owner."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _padded(parameter: nn.Parameter) -> int:
