@@ -487,6 +487,8 @@ def test_a_run_with_one_latent(train: Callable[..., Path], typed: Callable[..., 
     typed("latents", run, "--animate", "--out", tmp_path / "moving.gif")
     assert np.load(tmp_path / "moving.npy").shape == (3, 180, 1)
     assert "has one latent" in typed("latents", run, "--tsne", status=2)
+    two = train("--epochs 1 --hidden 8 --latent-dim 2")
+    assert "got 1 datum, expected at least 2" in typed("latents", two, "--tsne", "--n", 1, status=2)
     assert "expected 0, the one latent" in typed("latents", run, "--dims", 0, 1, status=2)
 
 

@@ -340,6 +340,11 @@ def test_a_worker_s_failure_reaches_the_consumer(num_workers: int) -> None:
         ({"indices": [0.5]}, ValueError, "indices is float64 of shape"),
         ({"rank": 2, "world_size": 2}, ValueError, "rank is 2, expected 0 <= rank <= 1"),
         ({"world_size": 0}, ValueError, "world_size is 0, expected 1 <= world_size"),
+        (
+            {"transform": abs},
+            TypeError,
+            "transform is a builtin_function_or_method, expected a fastvae.data.Tr",
+        ),
         ({"indices": [[0]]}, ValueError, "indices is int64 of shape"),
     ],
 )

@@ -170,6 +170,15 @@ def test_nan_is_refused_where_it_was_not_looked_for(tmp_path: Path, monkeypatch:
         pack(tmp_path / "x.npy", tmp_path / "p.npy")
 
 
+def test_what_is_packed_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.zeros((2, 9), np.float32))
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"x\.npy: dst is what is packed, expected another name"):
+        pack(path, tmp_path / "." / "x.npy", overwrite=True)
+    assert path.read_bytes() == before
+
+
 def test_nothing_is_replaced_unasked(photos: Path, tmp_path: Path) -> None:
     pack(photos, tmp_path / "p.npy")
     before = (tmp_path / "p.npy").read_bytes()

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset, random_split
+from torch.utils.data import (
+    ConcatDataset,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    get_worker_info,
+    random_split,
+)
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from fastvae import VAE, DataLoader, Trainer
@@ -244,6 +253,40 @@ def test_iterable_datasets() -> None:
     stream.n = None  # type: ignore[assignment]
     with pytest.raises(DataError, match="Stream: a dataset without length, expected a __len__"):
         DataLoader(stream, 4)
+
+
+def test_items_that_are_not_finite_are_named() -> None:
+    batches = iter(DataLoader(Items(lambda i: torch.full((3,), float("inf") if i == 5 else float(i)), 7), 4))
+    next(batches)
+    with pytest.raises(DataError, match="Items: item 5 has NaN or infinite values, expected finite ones"):
+        next(batches)
+
+
+class Parts(Stream):
+    """Each worker gives its part."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return islice(super().__iter__(), first, None, step)
+
+
+@pytest.mark.parametrize(("n", "workers"), [(10, 2), (16, 2), (12, 2), (23, 2), (10, 1), (1, 2)])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_workers_that_share_an_iterable_dataset(n: int, workers: int, drop_last: bool) -> None:
+    batches = list(DataLoader(Parts(n), 4, num_workers=workers, drop_last=drop_last))
+    sizes = [4] * (n // 4) + ([n % 4] if n % 4 and not drop_last else [])
+    assert [len(batch) for batch in batches] == sizes
+    seen = [number for batch in batches for number in batch[:, 0].tolist()]
+    assert len(set(seen)) == len(seen) == sum(sizes)
+
+
+def test_workers_that_each_have_all_of_an_iterable_dataset() -> None:
+    assert torch.cat(list(DataLoader(Stream(10), 4, num_workers=1)))[:, 0].tolist() == list(range(10))
+    for drop_last in (False, True):
+        batches = iter(DataLoader(Stream(10), 4, num_workers=2, drop_last=drop_last))
+        with pytest.raises(DataError, match="Stream: more than the 10 items of its __len__ came from 2 w"):
+            list(batches)
 
 
 @pytest.mark.parametrize("kind", ["float", "labelled", "uint8", "double", "half", "bool", "bare", "list"])

@@ -93,6 +93,8 @@ def _draw(opened: Run, arguments: argparse.Namespace, path: Any, kind: str, data
     z = _means(opened, data, "encoding")
     axes: tuple[str, ...] = ("t-SNE, dimension 1", "t-SNE, dimension 2")
     if arguments.tsne:
+        if len(z) < 2:
+            raise ConfigError("tsne", "got 1 datum, expected at least 2")
         is_plain, points = False, tsne(z, seed=opened.seed)
     else:
         projection = _projection(opened, arguments, z)

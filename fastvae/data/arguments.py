@@ -45,7 +45,7 @@ def pins(pin_memory: bool, device: torch.device) -> bool:
     return True
 
 
-def check_form(source: Source, dtype: torch.dtype, transform: Transform | None) -> None:
+def check_form(source: Source, dtype: torch.dtype, transform: object) -> None:
     """Whether these samples can become batches of `dtype` by `transform`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, expected torch.float32, bfloat16, float16 or uint8")
@@ -54,6 +54,9 @@ def check_form(source: Source, dtype: torch.dtype, transform: Transform | None) 
         raise ValueError(f"dtype is {got}, expected a floating point dtype")
     if transform is None:
         return
+    if not isinstance(transform, Transform):
+        got = f"transform is a {type(transform).__name__}"
+        raise TypeError(f"{got}, expected a fastvae.data.Transform; other functions go into a torch Dataset")
     if dtype == torch.uint8 and transform.is_scaled:
         raise ValueError("dtype is torch.uint8 with a transform of scale and shift, expected one of the two")
     transform.check(source.item_shape)
@@ -101,6 +104,8 @@ def workers(num_workers: int | None, source: Source) -> int:
 def indices(indices: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.int64]:
     """int64 [M], a copy."""
     array = np.asarray(indices)
+    if array.shape == (0,):
+        array = array.astype(np.int64)  # of an empty list, which has no dtype
     if array.ndim != 1 or array.dtype.kind not in "iu":
         got = f"{array.dtype} of shape {list(array.shape)}"
         raise ValueError(f"indices is {got}, expected integers of shape [M]")

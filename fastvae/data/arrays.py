@@ -132,7 +132,7 @@ def array_of(data: object, name: str) -> Array:
         raise TypeError(f"{name} is a {type(data).__name__}, expected {expected}")
     if data.device.type != "cpu":
         raise DataError(f"{name}: a tensor on {data.device}, expected one on the CPU; use {name}.cpu()")
-    data = data.detach()
+    data = data.detach().resolve_neg()
     return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
 
 

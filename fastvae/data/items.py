@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import astuple
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,16 +105,24 @@ class ItemLoader:
 
     def _iterated(self, first: int, rank: int, ranks: int, options: dict[str, Any]) -> Iterable[list[Any]]:
         name = self.source.name
-        items = TorchDataLoader(self.source.dataset, self.batch_size, collate_fn=list, **options)
-        done = 0
-        for k, batch in enumerate(islice(items, self.n_batches)):
-            numbered = list(enumerate(batch, k * self.batch_size))
-            done = min(self.n, numbered[-1][0] + 1)
+        # each worker has batches of its own, and so a last one that may be small
+        loaded = TorchDataLoader(self.source.dataset, self.batch_size, collate_fn=list, **options)
+        items = chain.from_iterable(loaded)
+        for k in range(self.n_batches):
+            begin, end = k * self.batch_size, min((k + 1) * self.batch_size, self.n)
+            numbered = list(enumerate(islice(items, end - begin), begin))
+            if len(numbered) < end - begin:
+                done = begin + len(numbered)
+                raise DataError(f"{name}: ended after {done} items, expected the {self.n} of its __len__")
             if k >= first:
                 yield _share(numbered, rank, ranks)
-        expected = self.n_batches * self.batch_size if self.drop_last else self.n
-        if done < expected:
-            raise DataError(f"{name}: ended after {done} items, expected the {self.n} of its __len__")
+        left_out = max(0, self.n - self.n_batches * self.batch_size)
+        if self.workers > 1 and any(True for _ in islice(items, left_out, None)):
+            raise DataError(
+                f"{name}: more than the {self.n} items of its __len__ came from {self.workers} workers, as "
+                "where each gives all of them; expected a part from each, by torch's get_worker_info(), or "
+                "num_workers=1"
+            )
 
     def _batch(self, items: list[tuple[int, Any]]) -> Any:
         source = self.source
@@ -126,6 +134,12 @@ class ItemLoader:
                 expected += " with a label" if source.has_labels else ""
                 raise DataError(f"{source.name}: item {number} is {got}, expected {expected}, as item 0")
         x = np.stack([x for _, x, _ in pairs]) if pairs else np.empty((0, *source.item_shape), source.dtype)
+        if x.dtype != np.uint8 and not np.isfinite(x.sum(dtype=np.float64)):
+            for number, item, _ in pairs:
+                if not np.isfinite(item).all():
+                    raise DataError(
+                        f"{source.name}: item {number} has NaN or infinite values, expected finite ones"
+                    )
         made = self._in_form(x)
         if not source.has_labels:
             return made

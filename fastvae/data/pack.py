@@ -50,9 +50,12 @@ def pack(
         raise DataError(f"{dst}: a folder, expected the name of a file")
     if dst.exists() and not overwrite:
         raise DataError(f"{dst}: exists already; --overwrite replaces it")
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    if path is not None and dst.exists() and path.exists() and dst.samefile(path):
+        raise DataError(f"{dst}: dst is what is packed, expected another name")
     feed: Feed
-    if isinstance(source, str | os.PathLike) and is_image_folder(Path(source)):
-        feed = ImageFeed(Path(source), size, channels, workers, on_error != "stop", report)
+    if path is not None and is_image_folder(path):
+        feed = ImageFeed(path, size, channels, workers, on_error != "stop", report)
     elif channels is not None:
         raise DataError(f"channels is {channels}, expected it with a folder of images only")
     else:
