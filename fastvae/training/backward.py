@@ -108,6 +108,8 @@ class Backward:
         try:
             with self.weights.lent(), self._autocast:
                 check_batch(self.model, x)
+        except ModelError:
+            raise
         except Exception as error:
             name, dtype = type(self.model).__name__, str(self.weights.copies.dtype).removeprefix("torch.")
             got = f"{type(error).__name__} of {name} with amp, in {dtype}, and none without"

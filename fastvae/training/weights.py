@@ -81,7 +81,6 @@ class FlatWeights:
                         self._swaps.append((module, name, parameter, copies[place]))
                         self.leaves[place] = copies[place]
         self._copied_to = [copy.data_ptr() for *_, copy in self._swaps]
-        self._version = 0 if self.copies is None else self.copies._version  # as the last step left it
 
     @property
     def is_half(self) -> bool:
@@ -90,7 +89,8 @@ class FlatWeights:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """While it lasts, the layers hold the copies."""
+        """While it lasts, the layers hold the copies. Raises ModelError where these were written."""
+        written = 0 if self.copies is None else self.copies._version
         for module, name, _, copy in self._swaps:
             module._parameters[name] = copy
         try:
@@ -98,6 +98,14 @@ class FlatWeights:
         finally:
             for module, name, parameter, _ in self._swaps:
                 module._parameters[name] = parameter
+        if self.copies is None:
+            return
+        swaps = zip(self._swaps, self._copied_to, strict=True)
+        if self.copies._version != written or any(copy.data_ptr() != place for (*_, copy), place in swaps):
+            raise ModelError(
+                "model: got one that writes into weights in encode or decode with amp, expected them to be "
+                "left to the optimizer; train without amp, or use torch.nn.utils.parametrizations"
+            )
 
     def follow(self, model: nn.Module) -> None:
         """Train what requires gradients now, and nothing else, from what its values are now.
@@ -125,24 +133,11 @@ class FlatWeights:
         self.refresh_copies()
 
     def take_up(self) -> None:
-        """Take the values of parameters whose owner has set their `data`.
-
-        Raises ModelError where that was done, or they were written, in a layer that has a copy.
-        """
+        """Take the values of parameters whose owner has set their `data`."""
         for parameter, place in self._places:
             if parameter.data_ptr() != place.data_ptr():
                 place.copy_(parameter.detach())
                 parameter.data = place
-        if self.copies is None:
-            return
-        moved = any(
-            copy.data_ptr() != place for (*_, copy), place in zip(self._swaps, self._copied_to, strict=True)
-        )
-        if moved or self.copies._version != self._version:
-            raise ModelError(
-                "model: got one that writes into weights in encode or decode with amp, expected them to be "
-                "left to the optimizer; train without amp, or use torch.nn.utils.parametrizations"
-            )
 
     def are_finite(self) -> bool:
         """Whether all weights are; waits for the device."""
@@ -183,7 +178,6 @@ class FlatWeights:
         """Bring the copies up to date with `flat`, after an update of `flat` alone."""
         if self.copies is not None:
             self.copies.copy_(self.flat.detach())
-            self._version = self.copies._version
 
     def release(self) -> None:
         """Give the model's parameters memory of their own again."""
