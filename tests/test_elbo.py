@@ -11,6 +11,7 @@ import torch
 from accuracy import assert_accurate, by_hand
 from timing import memory_peak
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.dlpack import from_dlpack
 
 import fastvae
@@ -503,6 +504,45 @@ def test_a_named_impl_that_cannot_run_says_why() -> None:
         fastvae.elbo(*tensors, impl="triton")
     with pytest.raises(RuntimeError, match=r'impl: got "native" for tensors on meta'):
         fastvae.elbo(*(t.to("meta") for t in tensors), impl="native")
+
+
+def zeros_without_memory(t: Tensor) -> Tensor:
+    return torch._efficientzerotensor(t.shape)
+
+
+def wrapped(t: Tensor) -> Tensor:
+    """Of a subclass that has operations, and no memory itself."""
+    return TwoTensor(t, t.clone())
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("change", [zeros_without_memory, wrapped])
+def test_elements_that_are_not_in_memory(change: Callable[[Tensor], Tensor], place: int) -> None:
+    tensors = inputs(4, 10, 2, torch.float32)
+    loss = fastvae.ELBOLoss()
+    loss(*tensors)  # a kind that is known then
+    given = [change(t) if i == place else t for i, t in enumerate(tensors)]
+    plain = [t * 0 if i == place and change is zeros_without_memory else t for i, t in enumerate(tensors)]
+    mu, logvar = given[2:]
+    for ours, expected in (
+        (loss(*given), fastvae.elbo(*plain, impl="reference").loss),
+        (fastvae.reparameterize(mu, logvar, seed=1), fastvae.reparameterize(*plain[2:], seed=1)),
+    ):
+        for got in (ours.a, ours.b) if isinstance(ours, TwoTensor) else (ours,):
+            torch.testing.assert_close(got, expected)
+    with pytest.raises(RuntimeError, match=r'impl: got "native" with elements that are not in memory \(of T'):
+        fastvae.elbo(*given, impl="native")
+
+
+@pytest.mark.parametrize("change", [zeros_without_memory, wrapped])
+def test_upstream_gradients_that_are_not_in_memory(change: Callable[[Tensor], Tensor]) -> None:
+    x_hat, x, mu, logvar = inputs(4, 10, 2, torch.float32)
+    mu.requires_grad_()
+    per_datum = fastvae.elbo(x_hat, x, mu, logvar, reduction="none").loss
+    upstream = change(torch.rand(4))
+    (got,) = torch.autograd.grad(per_datum, mu, upstream)
+    expected = (upstream.a if isinstance(upstream, TwoTensor) else torch.zeros(4))[:, None] * mu.detach()
+    torch.testing.assert_close(got.a if isinstance(got, TwoTensor) else got, expected)
 
 
 def test_module_matches_function_and_learns_its_variance() -> None:

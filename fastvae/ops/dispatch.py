@@ -13,6 +13,7 @@ from torch import Tensor
 from . import library, native, reference
 from .autograd import fused_elbo
 from .checks import check_choice
+from .limits import in_memory
 from .types import Extents, Forward, Impl, Inputs, Needs, Spec
 
 _IMPLS = ("auto", "reference", "native", "triton")
@@ -103,6 +104,14 @@ def _kernels(impl: Impl, inputs: Inputs, spec: Spec) -> ModuleType:
         raise RuntimeError(
             f'impl: got "{impl}" inside a transform of torch.func, which cannot look into a kernel; use '
             'impl="auto", which takes plain torch there'
+        )
+    if not (library.is_watched() or in_memory(inputs)):
+        if impl in ("auto", "reference"):
+            return reference
+        names = ", ".join(sorted({type(t).__name__ for t in inputs if not in_memory((t,))}))
+        raise RuntimeError(
+            f'impl: got "{impl}" with elements that are not in memory (of {names}), where a kernel reads; '
+            'use impl="auto", which takes plain torch there'
         )
     if device.type == "cpu" and (impl == "auto" or impl == "native"):
         if native.supports(spec):

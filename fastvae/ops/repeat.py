@@ -41,7 +41,13 @@ def kind_of(
         return None
     kind: list[object] = [spec, impl, log_variance, log_scale, torch.get_num_threads()]
     for value in inputs[:7]:
-        if type(value) is Tensor and value.is_cpu and value.layout is torch.strided and not value.is_neg():
+        if (
+            type(value) is Tensor
+            and value.is_cpu
+            and value.layout is torch.strided
+            and not value.is_neg()
+            and not value._is_zerotensor()
+        ):
             kind += value.shape, value.stride(), value.dtype
         elif type(value) in _PLAIN:
             kind.append(type(value))

@@ -1,0 +1,27 @@
+"""Where a kernel cannot serve, since it reads and writes memory by itself: plain torch does there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def in_memory(values: Iterable[object]) -> bool:
+    """Whether the elements of those that are tensors lie at their addresses.
+
+    Those of a subclass with operations of its own (DTensor, FakeTensor) lie elsewhere, and the zeros that
+    differentiation may make of an unused tensor nowhere.
+    """
+    for value in values:
+        if value is None or type(value) is float:
+            continue
+        if type(value) is not Tensor and type(value) is not nn.Parameter:
+            if not isinstance(value, Tensor):
+                continue
+            if torch._C._dispatch_keys(value).has(torch._C.DispatchKey.Python):
+                return False
+        if value._is_zerotensor():
+            return False
+    return True
