@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fastvae
 
@@ -71,3 +72,29 @@ def test_a_kernel_by_name_inside_torch_func_says_why_not() -> None:
 
     with pytest.raises(RuntimeError, match=r"impl: got \"native\" inside a transform of torch\.func"):
         torch.func.grad(loss)(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode() -> None:
+    """The tangents of dual tensors, which need no gradient, and of torch.func, which records operations."""
+    x_hat, x, mu, logvar, tangent = torch.randn(4, 6), torch.rand(4, 6), *torch.randn(3, 4, 2)
+    loss = fastvae.ELBOLoss()
+
+    def of_mu(m: Tensor) -> Tensor:
+        return loss(x_hat, x, m, logvar) + fastvae.reparameterize(m, logvar, seed=1).sum()
+
+    expected = (mu * tangent).sum() / 4 + tangent.sum()
+    of_mu(mu)  # a kind that is known then
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(of_mu(forward_ad.make_dual(mu, tangent))).tangent
+        with pytest.raises(RuntimeError, match=r'impl: got "native" inside torch\.autograd\.forward_ad'):
+            fastvae.elbo(x_hat, x, mu, logvar, impl="native")
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_linearized() -> None:
+    x_hat, x, mu, logvar, tangent = torch.randn(4, 6), torch.rand(4, 6), *torch.randn(3, 4, 2)
+    _, of_tangent = torch.func.linearize(lambda m: fastvae.elbo(x_hat, x, m, logvar).loss, mu)
+    torch.testing.assert_close(of_tangent(tangent), (mu * tangent).sum() / 4)

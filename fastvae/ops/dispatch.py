@@ -13,7 +13,7 @@ from torch import Tensor
 from . import library, native, reference
 from .autograd import fused_elbo
 from .checks import check_choice
-from .limits import in_memory
+from .limits import in_memory, transform
 from .types import Extents, Forward, Impl, Inputs, Needs, Spec
 
 _IMPLS = ("auto", "reference", "native", "triton")
@@ -98,11 +98,12 @@ def seed_for(like: Tensor, generator: torch.Generator | None) -> Tensor:
 def _kernels(impl: Impl, inputs: Inputs, spec: Spec) -> ModuleType:
     """The module that runs on these inputs."""
     device = inputs.like.device
-    if torch._C._are_functorch_transforms_active():
+    around = transform()
+    if around is not None:
         if impl in ("auto", "reference"):
             return reference
         raise RuntimeError(
-            f'impl: got "{impl}" inside a transform of torch.func, which cannot look into a kernel; use '
+            f'impl: got "{impl}" inside {around}, which cannot look into a kernel; use '
             'impl="auto", which takes plain torch there'
         )
     if not (library.is_watched() or in_memory(inputs)):

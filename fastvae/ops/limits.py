@@ -6,6 +6,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def transform() -> str | None:
+    """What looks into each operation now and would see none of a kernel's; None is nothing."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "torch.autograd.forward_ad"
+    return None
 
 
 def in_memory(values: Iterable[object]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import library, native
+from .limits import transform
 from .types import Extents, Impl, Inputs, Spec
 
 _KINDS = 64  # that are remembered; a training has a few
@@ -37,7 +38,7 @@ def kind_of(
     for number in (log_variance, log_scale, spec.free_bits):
         if type(number) not in _PLAIN:
             return None
-    if library.is_watched() or torch._C._are_functorch_transforms_active():
+    if library.is_watched() or transform() is not None:
         return None
     kind: list[object] = [spec, impl, log_variance, log_scale, torch.get_num_threads()]
     for value in inputs[:7]:
