@@ -203,3 +203,13 @@ def test_seed_and_offset_are_64_bits(impl: str, seed: int) -> None:
         for call in (fastvae.sample_and_kl, lambda m, v, **k: fastvae.fused_elbo(m, m, m, v, **k)):
             with pytest.raises(error, match=message):
                 call(mu, mu, impl=impl, **wrong)
+
+
+def test_a_seed_that_is_changed_before_backward_is_noticed(seed: int) -> None:
+    """Backward makes the noise again."""
+    mu, logvar = (torch.randn(4, 5, requires_grad=True) for _ in range(2))
+    given = torch.tensor(seed)
+    z = fastvae.reparameterize(mu, logvar, seed=given)
+    given.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(z.sum(), logvar)

@@ -24,8 +24,7 @@ def fused_elbo(inputs: Inputs, spec: Spec, extents: Extents, kernels: ModuleType
     if not (torch.is_grad_enabled() and _requires_grad(inputs)):
         result: Forward = kernels.forward(inputs, spec, extents)
         return result
-    *tensors, seed = inputs
-    outputs = _FusedELBO.apply(*tensors, (seed, spec, extents, kernels))  # type: ignore[no-untyped-call]
+    outputs = _FusedELBO.apply(*inputs, (spec, extents, kernels))  # type: ignore[no-untyped-call]
     return Forward(outputs) if isinstance(outputs, Tensor) else Forward(*outputs)
 
 
@@ -48,15 +47,15 @@ class _FusedELBO(torch.autograd.Function):
         weight: Tensor | None,
         beta: float | Tensor,
         log_scale: float | Tensor,
-        call: tuple[Any, Spec, Extents, ModuleType],
+        seed: int | Tensor | None,
+        call: tuple[Spec, Extents, ModuleType],
     ) -> Forward | Tensor | None:
-        seed, spec, extents, kernels = ctx.call = call
+        spec, extents, kernels = ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.numbers = beta, log_scale
-        ctx.save_for_backward(
-            x_hat, x, mu, logvar, kl, weight,
-            beta if isinstance(beta, Tensor) else None, log_scale if isinstance(log_scale, Tensor) else None,
-        )  # fmt: skip
+        numbers = (beta, log_scale, seed)
+        ctx.numbers = [None if isinstance(n, Tensor) else n for n in numbers]
+        saved = [n if isinstance(n, Tensor) else None for n in numbers]
+        ctx.save_for_backward(x_hat, x, mu, logvar, kl, weight, *saved)
         need = ctx.needs_input_grad
         ctx.needs = Needs(need[0], need[2], need[3], need[4], need[7])
         ctx.needs_reference = need[1] or need[5] or need[6]
@@ -76,21 +75,17 @@ class _FusedELBO(torch.autograd.Function):
             return _reference_backward(ctx, Forward(*upstream))
         g = _take_ready(ctx, upstream)
         if g is None:
-            _, spec, extents, kernels = ctx.call
+            spec, extents, kernels = ctx.call
             signed = Forward(*(None if t is None else t.resolve_neg() for t in upstream))
             g = kernels.backward(_inputs(ctx), spec, extents, signed, ctx.needs)
-        return g[0], None, g[1], g[2], g[3], None, None, g[4], None
+        return g[0], None, g[1], g[2], g[3], None, None, g[4], None, None
 
 
 def _inputs(ctx: Any) -> Inputs:
     """The inputs that forward had."""
-    x_hat, x, mu, logvar, kl, weight, beta, log_scale = ctx.saved_tensors
-    beta_number, log_scale_number = ctx.numbers
-    if beta is None:
-        beta = beta_number
-    if log_scale is None:
-        log_scale = log_scale_number
-    return Inputs(x_hat, x, mu, logvar, kl, weight, beta, log_scale, ctx.call[0])
+    *tensors, beta, log_scale, seed = ctx.saved_tensors
+    saved = zip((beta, log_scale, seed), ctx.numbers, strict=True)
+    return Inputs(*tensors, *(number if tensor is None else tensor for tensor, number in saved))
 
 
 def _take_ready(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Gradients | None:
@@ -117,7 +112,7 @@ def _take_ready(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Gradients | No
 def _reference_backward(ctx: Any, upstream: Forward) -> tuple[Tensor | None, ...]:
     """All gradients by the reference's formula: differentiable again, and with respect to every input."""
     create_graph = torch.is_grad_enabled()
-    _, spec, extents, _ = ctx.call
+    spec, extents, _ = ctx.call
     saved: list[Any] = list(_inputs(ctx))
     wanted = [i for i in range(8) if ctx.needs_input_grad[i]]
     for i in wanted:
@@ -130,7 +125,7 @@ def _reference_backward(ctx: Any, upstream: Forward) -> tuple[Tensor | None, ...
             for o, g in zip(outputs, upstream, strict=True)
             if o is not None and g is not None and o.requires_grad
         ]
-        gradients: list[Tensor | None] = [None] * 9
+        gradients: list[Tensor | None] = [None] * 10
         if pairs:
             found = torch.autograd.grad(
                 [o for o, _ in pairs],
