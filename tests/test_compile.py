@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
 
@@ -47,6 +50,45 @@ def test_compiled_is_eager(step: Callable[[nn.ModuleDict, Tensor], Tensor]) -> N
             results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def flops(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*tensors: Tensor) -> Tensor:
+        with FlopCounterMode(display=False):
+            return loss(*tensors)
+
+    return run
+
+
+def recomputed(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    contexts = partial(
+        create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE
+    )
+    return partial(checkpoint, loss, use_reentrant=False, context_fn=contexts)
+
+
+def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    torch.compiler.reset()
+    return torch.compile(loss, backend="eager")
+
+
+@pytest.mark.parametrize("around", [flops, recomputed, compiled])
+def test_double_backward_of_what_was_seen(around: Callable) -> None:
+    """Where forward ran as an op, whose gradient is an op too."""
+    x_hat, x, mu, logvar = torch.randn(4, 6), torch.rand(4, 6), *torch.randn(2, 4, 3)
+
+    def loss(h: Tensor, m: Tensor) -> Tensor:
+        z, kl = fastvae.sample_and_kl(m, logvar, seed=1)
+        terms = fastvae.elbo(h, x, m, logvar, logvar_clamp=(-1, 1))
+        return terms.loss + (z.square().sum() + kl.square().sum()) / 4
+
+    results = []
+    for function in (loss, around(loss)):
+        leaves = [t.clone().requires_grad_() for t in (x_hat, mu)]
+        gradients = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+        results.append((*gradients, *torch.autograd.grad(sum((g**3).sum() for g in gradients), leaves)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_per_sample_gradients_by_torch_func() -> None:

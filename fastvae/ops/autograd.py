@@ -111,29 +111,5 @@ def _take_ready(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Gradients | No
 
 def _reference_backward(ctx: Any, upstream: Forward) -> tuple[Tensor | None, ...]:
     """All gradients by the reference's formula: differentiable again, and with respect to every input."""
-    create_graph = torch.is_grad_enabled()
     spec, extents, _ = ctx.call
-    saved: list[Any] = list(_inputs(ctx))
-    wanted = [i for i in range(8) if ctx.needs_input_grad[i]]
-    for i in wanted:
-        # an alias, since x_hat may itself depend on mu: partial derivatives are asked for
-        saved[i] = saved[i].view_as(saved[i]) if create_graph else saved[i].detach().requires_grad_()
-    with torch.enable_grad():
-        outputs = reference.forward(Inputs(*saved), spec, extents)
-        pairs = [
-            (o, g.reshape(o.shape))
-            for o, g in zip(outputs, upstream, strict=True)
-            if o is not None and g is not None and o.requires_grad
-        ]
-        gradients: list[Tensor | None] = [None] * 10
-        if pairs:
-            found = torch.autograd.grad(
-                [o for o, _ in pairs],
-                [saved[i] for i in wanted],
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-            for i, g in zip(wanted, found, strict=True):
-                gradients[i] = g
-    return tuple(gradients)
+    return (*reference.backward(_inputs(ctx), spec, extents, upstream, ctx.needs_input_grad[:8]), None, None)

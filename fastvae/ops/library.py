@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from . import reference
 from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 _INPUTS = (
@@ -234,6 +235,12 @@ def _gradient(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
     has_terms, has_sample = ctx.has
     terms = upstream[:3] if has_terms else [None] * 3
     sampled = upstream[-2:] if has_sample else [None] * 2
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the op of a gradient has none itself
+        call, tensors = _Call.of((*ctx.saved_tensors, *ctx.rest))
+        inputs, _ = call.split(tensors)
+        values = Forward(*terms, *sampled)
+        made = reference.backward(inputs, call.spec, call.extents, values, need[:8])
+        return (*made, None, *(None for _ in ctx.rest))
     needs = Needs(need[0], need[2], need[3], need[4], need[7])
     found = iter(
         torch.ops.fastvae.backward(*ctx.saved_tensors, *ctx.rest, *terms, *sampled, [bool(n) for n in needs])

@@ -9,6 +9,8 @@ al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10); Box and
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +170,40 @@ def forward(inputs: Inputs, spec: Spec, extents: Extents) -> Forward:
     if spec.sample:
         z, kl_rows = sample_and_kl(inputs, spec, extents)
     return Forward(loss, recon, kl, z, kl_rows)
+
+
+def backward(
+    inputs: Inputs, spec: Spec, extents: Extents, upstream: Forward, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of the first eight inputs that are needed, differentiable again where grad is enabled.
+
+    upstream: the gradients for the fields of Forward; None is zero.
+    """
+    create_graph = torch.is_grad_enabled()
+    given: list[Any] = list(inputs)
+    wanted = [i for i, needed in enumerate(needs) if needed]
+    for i in wanted:
+        # an alias, since x_hat may itself depend on mu: partial derivatives are asked for
+        given[i] = given[i].view_as(given[i]) if create_graph else given[i].detach().requires_grad_()
+    with torch.enable_grad():
+        outputs = forward(Inputs(*given), spec, extents)
+        pairs = [
+            (o, g.reshape(o.shape))
+            for o, g in zip(outputs, upstream, strict=True)
+            if o is not None and g is not None and o.requires_grad
+        ]
+        gradients: list[Tensor | None] = [None] * len(needs)
+        if pairs:
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [given[i] for i in wanted],
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            for i, g in zip(wanted, found, strict=True):
+                gradients[i] = g
+    return gradients
 
 
 def sample_and_kl(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor]:
