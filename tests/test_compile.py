@@ -140,3 +140,24 @@ def test_linearized() -> None:
     x_hat, x, mu, logvar, tangent = torch.randn(4, 6), torch.rand(4, 6), *torch.randn(3, 4, 2)
     _, of_tangent = torch.func.linearize(lambda m: fastvae.elbo(x_hat, x, m, logvar).loss, mu)
     torch.testing.assert_close(of_tangent(tangent), (mu * tangent).sum() / 4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced() -> None:
+    x_hat, x, mu, logvar = torch.randn(4, 6), torch.rand(4, 6), *torch.randn(2, 4, 3)
+    loss = fastvae.ELBOLoss("gaussian", log_variance=torch.zeros(()), beta=torch.ones(()))
+    loss(x_hat, x, mu, logvar)  # a kind that is known then
+    traced = torch.jit.trace(loss, (x_hat, x, mu, logvar))
+    loss.beta.fill_(0.5)
+    loss.log_variance.fill_(-0.5)
+    given = torch.randn(4, 6), torch.rand(4, 6), *torch.randn(2, 4, 3)
+    torch.testing.assert_close(traced(*given), loss(*given))
+    sample = torch.jit.trace(fastvae.reparameterize, (mu, logvar), check_trace=False)
+    assert not torch.equal(sample(mu, logvar), sample(mu, logvar))
+    torch.manual_seed(1)
+    z = sample(mu, logvar)
+    torch.manual_seed(1)
+    torch.testing.assert_close(z, fastvae.reparameterize(mu, logvar))
+    with pytest.raises(RuntimeError, match=r'impl: got "native" inside torch\.jit\.trace'):
+        torch.jit.trace(lambda m: fastvae.reparameterize(m, m, impl="native"), (mu,))

@@ -15,6 +15,8 @@ def transform() -> str | None:
         return "a transform of torch.func"
     if forward_ad._current_level >= 0:
         return "torch.autograd.forward_ad"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "torch.jit.trace"
     return None
 
 

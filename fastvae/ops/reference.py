@@ -101,7 +101,7 @@ def normal(
     Element (k, b, j) is normal i = (first_row + b) * latents + j of the stream (seed, offset + k): word
     i % 4 of the Philox block with counter (i // 4, offset + k).
     """
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    seed = _tensor(seed, torch.int64, device)
     i = torch.arange(batch * latents, dtype=torch.int64, device=device) + first_row * latents
     stream = torch.arange(samples, dtype=torch.int64, device=device)[:, None] + offset
     group = i >> 2
@@ -137,7 +137,7 @@ def recon_elements(x_hat: Tensor, x: Tensor, log_scale: Tensor | float, spec: Sp
         with torch.autocast(x_hat.device.type, enabled=False):  # which forbids it, for fear of float16
             return F.binary_cross_entropy(x_hat, x.expand_as(x_hat), reduction="none")
     if spec.likelihood in ("gaussian", "laplace"):
-        s = torch.as_tensor(log_scale, dtype=x_hat.dtype, device=x_hat.device)
+        s = _tensor(log_scale, x_hat.dtype, x_hat.device)
         power = 0.5 if spec.likelihood == "gaussian" else 1.0
         # a scale below the smallest number must not make 0 * inf of an error of 0
         scaled = (x_hat - x) * torch.exp(-power * s).clamp(max=torch.finfo(x_hat.dtype).max)
@@ -265,7 +265,7 @@ def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, 
 
     elements = kl_of(latents)
     counted = floored(elements)
-    factor = torch.as_tensor(beta, dtype=dtype, device=x.device).reshape(-1)
+    factor = _tensor(beta, dtype, x.device).reshape(-1)
     weighted = torch.where(factor == 0, 0.0, factor * floored(kl_of(_without_dropped(factor, *latents))))
     # adds 0 to the loss, and the KL to the gradient of a beta that is 0 now
     weighted = weighted + torch.where((factor == 0) & counted.isfinite(), factor * counted.detach(), 0.0)
@@ -296,6 +296,13 @@ def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents) -> Tensor:
 def _without_dropped(factor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with zeros where the factor is exactly 0, which drops even an infinite term."""
     return tuple(torch.where(factor == 0, torch.zeros_like(t), t) for t in tensors)
+
+
+def _tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """`torch.as_tensor`, which torch.jit.trace takes for a constant of a tensor too."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.as_tensor(value, dtype=dtype, device=device)
 
 
 def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
