@@ -116,6 +116,25 @@ def test_a_kernel_by_name_inside_torch_func_says_why_not() -> None:
         torch.func.grad(loss)(x)
 
 
+@pytest.mark.parametrize("around", [lambda loss: loss, flops])
+def test_batched_backward(around: Callable) -> None:
+    x_hat, x, mu, logvar = torch.randn(4, 6), torch.rand(4, 6), *torch.randn(2, 4, 3)
+
+    def loss(h: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        given = h, x, m, v
+        z = fastvae.reparameterize(m, v, seed=1)
+        per_datum = fastvae.elbo(*given, reduction="none").loss + z.square().sum(1)
+        return torch.stack((*per_datum, fastvae.elbo(*given).loss))
+
+    leaves = [t.requires_grad_() for t in (x_hat, mu, logvar)]
+    values = around(loss)(*leaves)
+    batched = torch.autograd.grad(values, leaves, torch.eye(5), is_grads_batched=True, retain_graph=True)
+    for i in range(5):
+        one = torch.autograd.grad(values[i], leaves, retain_graph=True)
+        for got, expected in zip(batched, one, strict=True):
+            torch.testing.assert_close(got[i], expected)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_mode() -> None:
     """The tangents of dual tensors, which need no gradient, and of torch.func, which records operations."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import library, reference
-from .limits import in_memory
+from .limits import in_memory, is_backward_seen
 from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 
@@ -71,7 +71,8 @@ class _FusedELBO(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.needs_reference or torch.is_grad_enabled() or not in_memory(upstream):
+        is_seen = torch.is_grad_enabled() or is_backward_seen()
+        if ctx.needs_reference or is_seen or not in_memory(upstream):
             return _reference_backward(ctx, Forward(*upstream))
         g = _take_ready(ctx, upstream)
         if g is None:

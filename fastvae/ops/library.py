@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
+from .limits import is_backward_seen
 from .types import Extents, Forward, Gradients, Inputs, Needs, Spec
 
 _INPUTS = (
@@ -235,7 +236,8 @@ def _gradient(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
     has_terms, has_sample = ctx.has
     terms = upstream[:3] if has_terms else [None] * 3
     sampled = upstream[-2:] if has_sample else [None] * 2
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the op of a gradient has none itself
+    # the op of a gradient has none itself, and no rule for transforms
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_backward_seen()):
         call, tensors = _Call.of((*ctx.saved_tensors, *ctx.rest))
         inputs, _ = call.split(tensors)
         values = Forward(*terms, *sampled)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+_VMAP = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd, which is not that of torch.func
+
 
 def transform() -> str | None:
     """What looks into each operation now and would see none of a kernel's; None is nothing."""
@@ -18,6 +20,11 @@ def transform() -> str | None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "torch.jit.trace"
     return None
+
+
+def is_backward_seen() -> bool:
+    """Whether something looks into each operation of a backward, among them is_grads_batched=True."""
+    return transform() is not None or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
 
 
 def in_memory(values: Iterable[object]) -> bool:

@@ -182,10 +182,10 @@ def backward(
     create_graph = torch.is_grad_enabled()
     given: list[Any] = list(inputs)
     wanted = [i for i, needed in enumerate(needs) if needed]
-    for i in wanted:
-        # an alias, since x_hat may itself depend on mu: partial derivatives are asked for
-        given[i] = given[i].view_as(given[i]) if create_graph else given[i].detach().requires_grad_()
     with torch.enable_grad():
+        for i in wanted:
+            # an alias, since x_hat may itself depend on mu: partial derivatives are asked for
+            given[i] = given[i].view_as(given[i])
         outputs = forward(Inputs(*given), spec, extents)
         pairs = [
             (o, g.reshape(o.shape))
