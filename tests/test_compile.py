@@ -106,6 +106,16 @@ def test_per_sample_gradients_by_torch_func() -> None:
     torch.testing.assert_close(z, torch.ones_like(z))
 
 
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_sampling_under_vmap(randomness: str) -> None:
+    mu, logvar = torch.randn(1, 4), torch.randn(1, 4)
+    moments = mu.expand(3, 1, 4), logvar.expand(3, 1, 4)
+    z = torch.func.vmap(fastvae.reparameterize, randomness=randomness)(*moments)
+    assert z.shape == (3, 1, 4)
+    assert torch.equal(z[0], z[1]) == (randomness == "same")
+    assert not torch.equal(z[0], mu)
+
+
 def test_a_kernel_by_name_inside_torch_func_says_why_not() -> None:
     x = torch.rand(2, 3)
 

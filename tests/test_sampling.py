@@ -11,6 +11,7 @@ from accuracy import assert_accurate
 import fastvae
 from fastvae import _native
 from fastvae.ops import reference
+from fastvae.ops.library import random_bits
 
 IMPLS = ["reference", "native"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -213,3 +214,12 @@ def test_a_seed_that_is_changed_before_backward_is_noticed(seed: int) -> None:
     given.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(z.sum(), logvar)
+
+
+def test_the_bits_of_a_seed(seed: int) -> None:
+    """Those that runs with this seed had from the first version on."""
+    torch.manual_seed(seed)
+    expected = torch.empty((), dtype=torch.int64).random_(-(2**63), 2**63 - 1)
+    for generator in (None, torch.Generator()):
+        (torch if generator is None else generator).manual_seed(seed)
+        assert torch.equal(random_bits(torch.device("cpu"), generator), expected)

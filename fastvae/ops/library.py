@@ -98,7 +98,8 @@ def _draw_seed(like: Tensor) -> Tensor:
 
 def random_bits(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """64 random bits from torch's generator on `device`, as an int64 tensor there."""
-    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), 2**63 - 1, generator=generator)
+    # random_ of an empty tensor gives the same, but not under torch.func.vmap(randomness="different")
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
 
 
 def _split(value: float | Tensor) -> tuple[Any, float]:
