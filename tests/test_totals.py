@@ -109,6 +109,17 @@ def test_free_bits(impl: str, form: str, beta: str, kl_reduction: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", ["batch", "element"])
+def test_beta_in_the_shape_of_the_latents(impl: str, form: str) -> None:
+    x_hat, x, *_ = inputs()
+    mu, logvar, beta = torch.randn(12, 3, 2, 2), torch.randn(12, 3, 2, 2), torch.rand(3, 2, 2)
+    options = {"free_bits": 0.4, "free_bits_form": form, "impl": impl}
+    got = fastvae.elbo(x_hat, x, mu, logvar, beta=beta, **options).loss
+    flat = fastvae.elbo(x_hat, x, mu.flatten(1), logvar.flatten(1), beta=beta.flatten(), **options).loss
+    assert torch.equal(got, flat)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_free_bits_by_datum_and_what_they_do_not_hide(impl: str) -> None:
     x_hat, x, mu, logvar = inputs()
     mu[2, 1], logvar[4, 0] = math.nan, 1000.0

@@ -57,7 +57,7 @@ def floored_beta(
         means = totals[:-1] / totals[-1].clamp(min=1)
         free = means <= spec.free_bits  # NaN is not
     beta = inputs.beta.to(sums) if isinstance(inputs.beta, Tensor) else sums.new_full((), inputs.beta)
-    beta = beta.expand(extents.latents)
+    beta = beta.reshape(-1).expand(extents.latents)
     floor = torch.where(free, beta, 0.0).sum() * (spec.free_bits * extents.batch * spec.kl_scale(extents))
     return torch.where(free, 0.0, beta), floor
 
