@@ -1,6 +1,8 @@
 // Rows of any element type and stride, to and from the compute type. The loops are left to the vectoriser.
 #pragma once
 
+#include <type_traits>
+
 #include "elbo.hpp"
 #include "simd.hpp"
 
@@ -16,7 +18,6 @@ struct Float16 {
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
-inline float widen(std::uint8_t x) { return static_cast<float>(x) / 255.0f; }
 inline float widen(BFloat16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
 inline float widen(Float16 x) {
@@ -27,6 +28,16 @@ inline float widen(Float16 x) {
     const float subnormal = bit_cast<float>(rest + (113u << 23)) - 0x1p-14f;
     const std::uint32_t finite = rest < (1u << 23) ? bit_cast<std::uint32_t>(subnormal) : normal;
     return bit_cast<float>(sign | (rest >= (31u << 23) ? special : finite));
+}
+
+// In the compute type R, in which the division by 255 is too.
+template <class R, class T>
+inline R widen_to(T x) {
+    if constexpr (std::is_same_v<T, std::uint8_t>) {
+        return static_cast<R>(x) / R(255);
+    } else {
+        return static_cast<R>(widen(x));
+    }
 }
 
 template <class T, class R>
@@ -67,9 +78,9 @@ inline Float16 narrow(double x) {
 template <class R, class T>
 void widen_row(const T* from, std::int64_t stride, std::int64_t n, R* to) {
     if (stride == 1) {
-        for (std::int64_t i = 0; i < n; ++i) to[i] = static_cast<R>(widen(from[i]));
+        for (std::int64_t i = 0; i < n; ++i) to[i] = widen_to<R>(from[i]);
     } else {
-        for (std::int64_t i = 0; i < n; ++i) to[i] = static_cast<R>(widen(from[i * stride]));
+        for (std::int64_t i = 0; i < n; ++i) to[i] = widen_to<R>(from[i * stride]);
     }
 }
 

@@ -253,6 +253,9 @@ def test_uint8_means_x_over_255(impl: str) -> None:
     a = fastvae.elbo(x_hat, x, mu, logvar, impl=impl).loss
     b = fastvae.elbo(x_hat, x.float() / 255, mu, logvar, impl=impl).loss
     assert a == b
+    a = fastvae.elbo(x_hat.double(), x, mu, logvar, impl=impl).loss
+    b = fastvae.elbo(x_hat.double(), x.double() / 255, mu, logvar, impl=impl).loss
+    assert a == b
 
 
 @pytest.mark.parametrize("impl", IMPLS)
