@@ -13,6 +13,8 @@ from .ops.library import random_bits
 from .ops.reference import clamped
 from .ops.types import compute_dtype
 
+_Versions = tuple[int, int]
+
 
 class DiagonalGaussian:
     """N(mean, diag(exp(logvar))) from an encoder's moments: stands in for diffusers'
@@ -50,7 +52,7 @@ class DiagonalGaussian:
         self.deterministic = deterministic
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = clamped(logvar, -30.0, 20.0)
-        self._kl: Tensor | None = None  # of the last sample, whose launch makes it too
+        self._kl: tuple[Tensor, _Versions] | None = None  # of the last sample, whose launch makes it too
 
     @property
     def std(self) -> Tensor:
@@ -76,7 +78,8 @@ class DiagonalGaussian:
             if len(generator) != 1:
                 return self._sample_rows(generator)
             generator = generator[0]
-        z, self._kl = _draw(self.mean, self.logvar, generator)
+        z, kl = _draw(self.mean, self.logvar, generator)
+        self._keep(kl)
         return z
 
     def mode(self) -> Tensor:
@@ -88,11 +91,11 @@ class DiagonalGaussian:
         if self.deterministic:
             return self._nothing()
         if other is None:
-            kl, self._kl = self._kl, None  # handed out once: the caller may change it in place
+            kept, self._kl = self._kl, None  # handed out once: the caller may change it in place
             wanted = torch.is_grad_enabled() and self.parameters.requires_grad
-            if kl is None or kl.requires_grad != wanted:
-                kl = _kl(self.mean, self.logvar)
-            return kl
+            if kept is not None and kept[0].requires_grad == wanted and kept[1] == self._versions():
+                return kept[0]
+            return _kl(self.mean, self.logvar)
         if other.deterministic:
             raise ValueError("other: is deterministic, expected a distribution with a variance")
         # the KL does not change when both are shifted and scaled so that the other is N(0, I)
@@ -117,8 +120,19 @@ class DiagonalGaussian:
             )
         rows = zip(self.mean.split(1), self.logvar.split(1), generators, strict=True)
         z, kl = zip(*(_draw(*row) for row in rows), strict=True)
-        self._kl = torch.cat(kl)
+        self._keep(torch.cat(kl))
         return torch.cat(z)
+
+    def _keep(self, kl: Tensor) -> None:
+        """A sample's KL for the next call of `kl`; none of inference mode, which may have ended by then."""
+        versions = self._versions()
+        self._kl = None if versions is None or kl.is_inference() else (kl, versions)
+
+    def _versions(self) -> _Versions | None:
+        """What changes with the moments in place; None where torch does not count, or cannot compile that."""
+        if torch.compiler.is_compiling() or self.mean.is_inference() or self.logvar.is_inference():
+            return None
+        return self.mean._version, self.logvar._version
 
     def _nothing(self) -> Tensor:
         return torch.zeros(1, device=self.parameters.device)

@@ -137,6 +137,29 @@ def test_kl_of_the_last_sample_is_the_kl() -> None:
         assert not posterior.kl().requires_grad
 
 
+def test_kl_of_moments_that_were_changed_in_place() -> None:
+    p = torch.randn(3, 4)
+    for change in (lambda d: d.mean.zero_(), lambda d: d.logvar.zero_(), lambda d: d.parameters.mul_(2)):
+        posterior = DiagonalGaussian(p.clone())
+        posterior.sample()
+        change(posterior)
+        expected = fastvae.sample_and_kl(posterior.mean, posterior.logvar)[1]
+        assert torch.equal(posterior.kl(), expected)
+
+
+def test_kl_after_a_sample_in_inference_mode() -> None:
+    p = torch.randn(3, 4)
+    posterior = DiagonalGaussian(p)
+    with torch.inference_mode():
+        posterior.sample()
+        inside = DiagonalGaussian(p)
+        inside.sample()
+        torch.testing.assert_close(inside.kl(), hand_kl(p))
+    assert not posterior.kl().is_inference()
+    inside.sample()
+    torch.testing.assert_close(inside.kl(), hand_kl(p))
+
+
 def test_generators(seed: int) -> None:
     p = torch.zeros(3, 4, 5, 2)
 
