@@ -176,6 +176,18 @@ def test_fused_elbo_is_both(samples: int | None, seed: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_fused_elbo_of_one_sample_and_one_datum() -> None:
+    for batch in (1, 2):
+        x, mu, logvar = torch.rand(batch, 5), torch.randn(batch, 3), torch.randn(batch, 3)
+        for x_hat, shape in (
+            (torch.rand(batch, 5), mu.shape),
+            (torch.rand(batch, 1, 1, 5), mu.shape),
+            (torch.rand(1, batch, 5), (1, *mu.shape)),
+            (torch.rand(2, batch, 5), (2, *mu.shape)),
+        ):
+            assert fastvae.fused_elbo(x_hat, x, mu, logvar)[1].shape == shape
+
+
 def test_errors_name_the_argument() -> None:
     mu = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="n_samples: got 0"):

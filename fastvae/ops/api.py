@@ -338,5 +338,7 @@ def fused_elbo(
     inputs = inputs._replace(seed=seed)
     result = run(inputs, replace(spec, sample=True, offset=offset, first_row=first_row), extents, impl)
     loss, _, _, z, kl = cast("tuple[Tensor, Tensor, Tensor, Tensor, Tensor]", result)
-    lead = () if x_hat.shape[0] == extents.batch and extents.samples == 1 else (extents.samples,)
+    # one sample of one datum is told from one datum by the dimension that x does not have
+    is_single = extents.samples == 1 and x_hat.shape[0] == extents.batch and x_hat.shape != (1, *x.shape)
+    lead = () if is_single else (extents.samples,)
     return loss if added is None else loss + added, z.reshape(*lead, *mu.shape), kl
