@@ -20,6 +20,8 @@ from .types import (
     Spec,
 )
 
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that the kernels read
+
 
 def make_spec(
     likelihood: Likelihood,
@@ -148,9 +150,20 @@ def scale_form(log_scale: float | Tensor, name: str, inputs: Inputs, extents: Ex
     raise ValueError(f"{name}: got shape {shape}, expected {expected}")
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a floating-point tensor")
+def _check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor, as of torch.as_tensor")
+    return value
+
+
+def _check_floating(name: str, value: object) -> Tensor:
+    tensor = _check_tensor(name, value)
+    if tensor.dtype not in _FLOATING:
+        kinds = "float32, float64, bfloat16 or float16"
+        raise TypeError(
+            f"{name}: got dtype {tensor.dtype}, expected a floating-point tensor ({kinds}); convert it by .to"
+        )
+    return tensor
 
 
 def latent_extents(mu: Tensor, logvar: Tensor) -> tuple[int, int]:
@@ -198,15 +211,13 @@ def _row(tensor: Tensor) -> int:
 
 def elbo_extents(inputs: Inputs) -> Extents:
     """The sizes of a call, after checking that its arguments agree."""
-    x_hat, x, mu, logvar, kl, weight, beta, _, _ = inputs
-    assert x_hat is not None
-    assert x is not None
-    _check_floating("x_hat", x_hat)
+    _, _, mu, logvar, kl, weight, beta, _, _ = inputs
+    x_hat, x = _check_floating("x_hat", inputs.x_hat), _check_tensor("x", inputs.x)
     if x.ndim == 0 or x_hat.ndim == 0:
         raise ValueError(
             f"x_hat, x: got shapes {tuple(x_hat.shape)} and {tuple(x.shape)}, expected [B, *features]"
         )
-    if not x.is_floating_point() and x.dtype != torch.uint8:
+    if x.dtype not in _FLOATING and x.dtype != torch.uint8:
         raise TypeError(f"x: got dtype {x.dtype}, expected a floating-point tensor, or uint8 meaning x / 255")
     batch, features, samples = x.shape[0], _row(x), 1
     if x_hat.shape != x.shape and not (x_hat.shape[0] == batch and _row(x_hat) == features):
@@ -222,6 +233,7 @@ def elbo_extents(inputs: Inputs) -> Extents:
     if kl is not None:
         if mu is not None or logvar is not None:
             raise ValueError("kl: given beside mu or logvar, expected either kl or both of mu and logvar")
+        _check_tensor("kl", kl)
         if kl.shape != (batch,):
             raise ValueError(f"kl: got shape {tuple(kl.shape)}, expected ({batch},), the KL of each datum")
         latents = 1
@@ -231,6 +243,8 @@ def elbo_extents(inputs: Inputs) -> Extents:
         rows, latents = latent_extents(mu, logvar)
         if rows != batch:
             raise ValueError(f"mu: got batch size {rows}, expected {batch} as in x")
+    if weight is not None:
+        _check_tensor("weight", weight)
     for name, tensor in (("x", x), ("mu", mu), ("kl", kl), ("weight", weight)):
         if tensor is not None and tensor.device != x_hat.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {x_hat.device} as for x_hat")
