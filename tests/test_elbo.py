@@ -422,6 +422,20 @@ def test_double_backward(likelihood: str) -> None:
     assert torch.autograd.gradgradcheck(loss, leaves)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_double_backward_with_a_beta_of_zero(impl: str) -> None:
+    """It is learned too: the derivative by beta and mu is that of the KL by mu."""
+    x_hat, x, *latents = (t.double() for t in inputs(3, 5, 2, torch.float32))
+    beta = torch.tensor([0.0, 0.7], dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (*latents, beta)]
+
+    def loss(mu: Tensor, logvar: Tensor, beta: Tensor) -> Tensor:
+        return fastvae.elbo(x_hat, x, mu, logvar, beta=beta, impl=impl).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
+
+
 def test_double_backward_through_a_decoder() -> None:
     """x_hat depends on mu: the partial derivative by mu must not run through x_hat as well."""
     decoder = torch.nn.Linear(3, 8).double()

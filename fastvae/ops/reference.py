@@ -240,19 +240,19 @@ def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, 
     output = x_hat.reshape(extents.samples, extents.batch, extents.features).to(dtype)
     # [B, 1]: rows without weight leave before anything is computed, so that no 0 * inf comes back
     w = torch.ones((), dtype=dtype, device=x.device) if weight is None else weight.to(dtype)[:, None]
-    output, target = _without_dropped(w, output, target)
+    output, target = _without(w == 0, output, target)
     if isinstance(log_scale, Tensor):
         log_scale = log_scale.to(dtype).reshape(spec.scale_shape(extents))
-        (log_scale,) = _without_dropped(w, log_scale)
+        (log_scale,) = _without(w == 0, log_scale)
     recon_rows = recon_elements(output, target, log_scale, spec).sum((0, 2))
 
     if kl is not None:
-        latents: tuple[Tensor, ...] = _without_dropped(w, kl.to(dtype)[:, None])
+        latents: tuple[Tensor, ...] = _without(w == 0, kl.to(dtype)[:, None])
     elif mu is None or logvar is None:
         latents = (recon_rows.new_zeros(extents.batch, 1),)
     else:
         v = clamp_logvar(logvar.reshape(extents.batch, extents.latents).to(dtype), spec)
-        latents = _without_dropped(w, mu.reshape(extents.batch, extents.latents).to(dtype), v)
+        latents = _without(w == 0, mu.reshape(extents.batch, extents.latents).to(dtype), v)
 
     def kl_of(parts: tuple[Tensor, ...]) -> Tensor:
         return parts[0] if len(parts) == 1 else kl_elements(*parts)
@@ -266,9 +266,9 @@ def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, 
     elements = kl_of(latents)
     counted = floored(elements)
     factor = _tensor(beta, dtype, x.device).reshape(-1)
-    weighted = torch.where(factor == 0, 0.0, factor * floored(kl_of(_without_dropped(factor, *latents))))
-    # adds 0 to the loss, and the KL to the gradient of a beta that is 0 now
-    weighted = weighted + torch.where((factor == 0) & counted.isfinite(), factor * counted.detach(), 0.0)
+    # what is finite stays where beta is 0: it adds 0 to the loss, and the KL to the gradient of that beta
+    dropped = (factor == 0) & ~counted.isfinite()
+    weighted = torch.where(dropped, 0.0, factor * floored(kl_of(_without(dropped, *latents))))
 
     def reduce(rows: Tensor, scale: float) -> Tensor:
         rows = rows if weight is None else w[:, 0] * rows
@@ -290,12 +290,12 @@ def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents) -> Tensor:
     if weight is None:
         return kl_elements(m, v).sum(0)
     w = weight.to(dtype)[:, None]
-    return (w * kl_elements(*_without_dropped(w, m, v))).sum(0)
+    return (w * kl_elements(*_without(w == 0, m, v))).sum(0)
 
 
-def _without_dropped(factor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with zeros where the factor is exactly 0, which drops even an infinite term."""
-    return tuple(torch.where(factor == 0, torch.zeros_like(t), t) for t in tensors)
+def _without(dropped: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with zeros where something is dropped, so that no 0 * inf comes of it."""
+    return tuple(torch.where(dropped, torch.zeros_like(t), t) for t in tensors)
 
 
 def _tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
