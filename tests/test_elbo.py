@@ -462,6 +462,25 @@ def test_gradients_of_x_and_weight(impl: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_gradient_of_a_weight_of_zero_is_that_of_its_row(impl: str, likelihood: str) -> None:
+    given = [t.double() for t in inputs(4, 6, 2, torch.float32)]
+    weight = torch.tensor([1.5, 0.0, 0.0, -1.0], dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (*given, weight)]
+
+    def loss(x_hat: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor) -> Tensor:
+        return fastvae.elbo(x_hat, x, mu, logvar, weight=weight, likelihood=likelihood, impl=impl).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
+    with torch.no_grad():
+        given[0][1] = math.inf
+        given[3][2] = math.inf
+    for g in torch.autograd.grad(loss(*leaves), leaves):
+        assert torch.isfinite(g).all()
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("real64", [False, True])
 def test_bits_do_not_depend_on_threads_or_instruction_set(

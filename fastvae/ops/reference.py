@@ -9,13 +9,14 @@ al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10); Box and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .limits import transform
 from .types import Extents, Forward, Inputs, Spec, compute_dtype
 
 _MASK = 0xFFFFFFFF
@@ -238,24 +239,37 @@ def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, 
     if x.dtype == torch.uint8:
         target = target / 255
     output = x_hat.reshape(extents.samples, extents.batch, extents.features).to(dtype)
-    # [B, 1]: rows without weight leave before anything is computed, so that no 0 * inf comes back
     w = torch.ones((), dtype=dtype, device=x.device) if weight is None else weight.to(dtype)[:, None]
-    output, target = _without(w == 0, output, target)
-    if isinstance(log_scale, Tensor):
-        log_scale = log_scale.to(dtype).reshape(spec.scale_shape(extents))
-        (log_scale,) = _without(w == 0, log_scale)
-    recon_rows = recon_elements(output, target, log_scale, spec).sum((0, 2))
 
+    def recon_of(output: Tensor, target: Tensor, scale: float | Tensor = log_scale) -> Tensor:
+        return recon_elements(output, target, scale, spec).sum((0, 2))
+
+    def kl_of(*parts: Tensor) -> Tensor:
+        return parts[0] if len(parts) == 1 else kl_elements(*parts)
+
+    def dropped(rows_of: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+        # [B, 1]: rows without weight leave before anything is computed, so that no 0 * inf comes back; but a
+        # weight that may have a gradient has that of its row, if the row is finite
+        if weight is None or not (weight.requires_grad or transform()):
+            return w == 0
+        return (w == 0) & ~rows_of(*parts).isfinite()[:, None]
+
+    data: tuple[Tensor, ...] = (output, target)
+    if isinstance(log_scale, Tensor):
+        data = (*data, log_scale.to(dtype).reshape(spec.scale_shape(extents)))
+    no_recon = dropped(recon_of, *data)
+    recon_rows = recon_of(*_without(no_recon, *data))
+
+    latents: tuple[Tensor, ...]
     if kl is not None:
-        latents: tuple[Tensor, ...] = _without(w == 0, kl.to(dtype)[:, None])
+        latents = (kl.to(dtype)[:, None],)
     elif mu is None or logvar is None:
         latents = (recon_rows.new_zeros(extents.batch, 1),)
     else:
         v = clamp_logvar(logvar.reshape(extents.batch, extents.latents).to(dtype), spec)
-        latents = _without(w == 0, mu.reshape(extents.batch, extents.latents).to(dtype), v)
-
-    def kl_of(parts: tuple[Tensor, ...]) -> Tensor:
-        return parts[0] if len(parts) == 1 else kl_elements(*parts)
+        latents = (mu.reshape(extents.batch, extents.latents).to(dtype), v)
+    no_kl = dropped(lambda *parts: kl_of(*parts).sum(1), *latents)
+    latents = _without(no_kl, *latents)
 
     def floored(elements: Tensor) -> Tensor:
         # at and below the floor without a gradient; NaN stays
@@ -263,20 +277,21 @@ def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, 
             return elements
         return torch.where(elements <= spec.free_bits, torch.full_like(elements, spec.free_bits), elements)
 
-    elements = kl_of(latents)
+    elements = kl_of(*latents)
     counted = floored(elements)
     factor = _tensor(beta, dtype, x.device).reshape(-1)
     # what is finite stays where beta is 0: it adds 0 to the loss, and the KL to the gradient of that beta
-    dropped = (factor == 0) & ~counted.isfinite()
-    weighted = torch.where(dropped, 0.0, factor * floored(kl_of(_without(dropped, *latents))))
+    no_beta = (factor == 0) & ~counted.isfinite()
+    weighted = torch.where(no_beta, 0.0, factor * floored(kl_of(*_without(no_beta, *latents))))
 
-    def reduce(rows: Tensor, scale: float) -> Tensor:
-        rows = rows if weight is None else w[:, 0] * rows
+    def reduce(rows: Tensor, no_rows: Tensor, scale: float) -> Tensor:
+        rows = rows if weight is None else torch.where(no_rows[:, 0], 0.0, w[:, 0] * rows)
         return (rows if spec.per_sample else rows.sum()) * scale
 
-    recon = reduce(recon_rows, spec.recon_scale(extents))
+    recon = reduce(recon_rows, no_recon, spec.recon_scale(extents))
     kl_scale = spec.kl_scale(extents)
-    return recon + reduce(weighted.sum(1), kl_scale), recon, reduce(elements.sum(1), kl_scale)
+    kl_term = reduce(elements.sum(1), no_kl, kl_scale)
+    return recon + reduce(weighted.sum(1), no_kl, kl_scale), recon, kl_term
 
 
 def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents) -> Tensor:
