@@ -150,6 +150,7 @@ def test_what_is_not_native_compiles_whole() -> None:
         ({"likelihood": "laplace", "log_variance": 1.0}, 'log_variance: given with likelihood "laplace"'),
         ({"likelihood": "gaussian", "log_scale": 1.0}, 'log_scale: given with likelihood "gaussian"'),
         ({"likelihood": "gaussian", "log_variance": "learned"}, "log_variance: got 'learned'"),
+        ({"likelihood": "laplace", "log_scale": "batch"}, "log_scale: got 'batch', expected a number or a"),
         (
             {"likelihood": "gaussian", "log_variance": torch.zeros(5)},
             r"log_variance: got shape \(5,\), expected one element, \[\*features\] with 12",

@@ -88,7 +88,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_scale(
-    log_variance: float | Tensor | str, log_scale: float | Tensor, spec: Spec
+    log_variance: float | Tensor | str, log_scale: float | Tensor | str, spec: Spec
 ) -> float | Tensor | Literal["batch"]:
     """The one of the two that the likelihood has, and that the other was not given."""
     for name, value, meant in (
@@ -100,6 +100,11 @@ def check_scale(
                 f'{name}: given with likelihood "{spec.likelihood}", expected it with "{meant}" only'
             )
     if spec.likelihood == "laplace":
+        if isinstance(log_scale, str):
+            raise TypeError(
+                f"log_scale: got {log_scale!r}, expected a number or a tensor; the optimum for a batch is "
+                "log_variance's alone"
+            )
         return log_scale
     if not isinstance(log_variance, str):
         return log_variance
