@@ -518,6 +518,8 @@ def test_bits_do_not_depend_on_threads_or_instruction_set(
         ),
         ({"x": torch.zeros(4, 10).to(torch.float8_e5m2)}, "x: got dtype torch.float8_e5m2, expected"),
         ({"x_hat": None}, "x_hat: got NoneType, expected a tensor"),
+        ({"x": torch.zeros(4, 10).to_sparse()}, r"x: got layout torch\.sparse_coo, expected a dense tensor"),
+        ({"mu": torch.zeros(4, 3).to_sparse()}, r"mu: got layout torch\.sparse_coo"),
         ({"x": None}, "x: got NoneType, expected a tensor"),
         ({"x_hat": (torch.zeros(4, 10),)}, "x_hat: got tuple, expected a tensor"),
         ({"x": torch.zeros(4, 10).numpy()}, "x: got ndarray, expected a tensor"),

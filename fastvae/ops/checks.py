@@ -158,6 +158,8 @@ def scale_form(log_scale: float | Tensor, name: str, inputs: Inputs, extents: Ex
 def _check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor, as of torch.as_tensor")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor, as of .to_dense()")
     return value
 
 
