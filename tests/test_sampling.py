@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate
@@ -30,7 +32,7 @@ KNOWN_ANSWERS = [
 ]
 
 
-def draw(impl: str, seed: int, offset: int, first_row: int, batch: int, latents: int) -> torch.Tensor:
+def draw(impl: str, seed: Any, offset: Any, first_row: Any, batch: int, latents: int) -> torch.Tensor:
     """Standard normals, [batch, latents]."""
     zero = torch.zeros(batch, latents)
     return fastvae.reparameterize(zero, zero, seed=seed, offset=offset, first_row=first_row, impl=impl)
@@ -192,6 +194,8 @@ def test_errors_name_the_argument() -> None:
     mu = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="n_samples: got 0"):
         fastvae.sample_and_kl(mu, mu, n_samples=0)
+    with pytest.raises(TypeError, match=r"n_samples: got 2\.0, expected an int"):
+        fastvae.sample_and_kl(mu, mu, n_samples=2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mu, logvar: got shapes \(3, 4\) and \(3, 5\)"):
         fastvae.sample_and_kl(mu, torch.zeros(3, 5))
     with pytest.raises(TypeError, match=r"mu: got dtype torch\.int64"):
@@ -204,6 +208,8 @@ def test_seed_and_offset_are_64_bits(impl: str, seed: int) -> None:
         signed = [n if n < 2**63 else n - 2**64 for n in (s, offset)]
         assert torch.equal(draw(impl, s, offset, 0, 2, 5), draw(impl, *signed, 0, 2, 5))
     assert torch.equal(draw(impl, torch.tensor([seed]), 0, 0, 2, 5), draw(impl, seed, 0, 0, 2, 5))
+    given = draw(impl, np.uint64(2**63 + seed), np.int64(-1), np.int32(2), 2, 5)
+    assert torch.equal(given, draw(impl, 2**63 + seed, -1, 2, 2, 5))
     mu = torch.zeros(3, 4)
     for wrong, error, message in (
         ({"seed": 2**64}, ValueError, "seed: got 18446744073709551616, expected 64 bits"),
@@ -212,6 +218,8 @@ def test_seed_and_offset_are_64_bits(impl: str, seed: int) -> None:
         ({"seed": torch.tensor([1, 2])}, TypeError, r"seed: got a tensor of torch.int64 and shape \(2,\)"),
         ({"seed": 1, "offset": -(2**63) - 1}, ValueError, "offset: got -9223372036854775809, expected 64"),
         ({"seed": 1, "first_row": -1}, ValueError, "first_row: got -1, expected at least 0"),
+        ({"seed": 1, "first_row": 1.0}, TypeError, "first_row: got 1.0, expected an int"),
+        ({"seed": "1"}, TypeError, "seed: got '1', expected an int"),
     ):
         for call in (fastvae.sample_and_kl, lambda m, v, **k: fastvae.fused_elbo(m, m, m, v, **k)):
             with pytest.raises(error, match=message):

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import autograd, totals
 from .checks import (
     check_capacity,
+    check_integer,
     check_noise,
     check_scale,
     elbo_extents,
@@ -253,9 +254,10 @@ def sample_and_kl(
         ValueError, TypeError: as for `elbo`.
     """
     batch, latents = latent_extents(mu, logvar)
-    if n_samples is not None and n_samples < 1:
+    if n_samples is not None and (n_samples := check_integer("n_samples", n_samples)) < 1:
         raise ValueError(f"n_samples: got {n_samples}, expected at least 1")
-    seed, offset = check_noise(seed_for(mu, generator) if seed is None else seed, offset, first_row)
+    drawn = seed_for(mu, generator) if seed is None else seed
+    seed, offset, first_row = check_noise(drawn, offset, first_row)
     spec = _SAMPLE if offset == first_row == 0 else replace(_SAMPLE, offset=offset, first_row=first_row)
     extents = Extents(n_samples or 1, batch, 0, latents)
     result = run(Inputs(mu=mu, logvar=logvar, seed=seed), spec, extents, impl)
@@ -334,7 +336,8 @@ def fused_elbo(
     inputs, spec, extents, added = _prepare(
         given, log_variance, log_scale, capacity, spec, process_group, impl
     )
-    seed, offset = check_noise(seed_for(mu, generator) if seed is None else seed, offset, first_row)
+    drawn = seed_for(mu, generator) if seed is None else seed
+    seed, offset, first_row = check_noise(drawn, offset, first_row)
     inputs = inputs._replace(seed=seed)
     result = run(inputs, replace(spec, sample=True, offset=offset, first_row=first_row), extents, impl)
     loss, _, _, z, kl = cast("tuple[Tensor, Tensor, Tensor, Tensor, Tensor]", result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Literal
 
 import torch
@@ -190,22 +191,32 @@ def latent_extents(mu: Tensor, logvar: Tensor) -> tuple[int, int]:
     return mu.shape[0], _row(mu)
 
 
-def check_noise(seed: int | Tensor, offset: int, first_row: int) -> tuple[int | Tensor, int]:
-    """Seed and offset, as signed 64 bits where they are numbers."""
+def check_integer(name: str, value: object) -> int:
+    """An int, of what is one without rounding, such as NumPy's."""
+    if isinstance(value, int) or isinstance(value, torch.SymInt):  # noqa: SIM101 -- the first is all, most often
+        return value  # type: ignore[return-value]  # SymInt stands for one while a graph is made
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an int") from None
+
+
+def check_noise(seed: int | Tensor, offset: int, first_row: int) -> tuple[int | Tensor, int, int]:
+    """Seed, offset and first row; the first two as signed 64 bits where they are numbers."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             got = f"a tensor of {seed.dtype} and shape {tuple(seed.shape)}"
             raise TypeError(f"seed: got {got}, expected an int, or one torch.int64")
     else:
         seed = _signed("seed", seed)
+    first_row = check_integer("first_row", first_row)
     if first_row < 0:
         raise ValueError(f"first_row: got {first_row}, expected at least 0")
-    return seed, _signed("offset", offset)
+    return seed, _signed("offset", offset), first_row
 
 
 def _signed(name: str, value: int) -> int:
-    if isinstance(value, float):
-        raise TypeError(f"{name}: got {value}, expected an int")
+    value = check_integer(name, value)
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name}: got {value}, expected 64 bits, from {-(2**63)} to {2**64 - 1}")
     return value if value < 2**63 else value - 2**64
