@@ -56,7 +56,8 @@ public:
             const double kl = p.kl ? value(p.kl, b, 0.0) : latent_sum(partials.kl, b);
             if (p.kl_rows) static_cast<R*>(p.kl_rows)[b] = static_cast<R>(kl);
             const double squares = recon_sum(b);
-            if (p.g_log_variance && w != 0) g_log_variance += recon_upstream(b) * w * 0.5 * (elements() - squares);
+            if (p.g_log_variance && w != 0)
+                g_log_variance += times(recon_upstream(b) * w * 0.5, elements() - squares);
             if (p.g_kl) static_cast<R*>(p.g_kl)[b] = static_cast<R>(kl_gradient(b, w));
             if (!p.loss) continue;
             const double r = times(w * p.recon_scale, recon_value(squares));

@@ -358,6 +358,19 @@ def test_zero_factors_drop_infinite_terms(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_an_infinite_error_has_no_part_in_the_gradients_of_the_kl(impl: str) -> None:
+    x_hat, x, mu, logvar = inputs(3, 10, 2, torch.float32)
+    x_hat[1, 2] = math.inf
+    s = torch.tensor(0.3)
+    leaves = [t.requires_grad_() for t in (x_hat, mu, logvar, s)]
+    terms = fastvae.elbo(x_hat, x, mu, logvar, likelihood="gaussian", log_variance=s, beta=0.5, impl=impl)
+    of_kl = torch.autograd.grad(terms.kl, leaves, retain_graph=True, materialize_grads=True)
+    assert not of_kl[0].any()
+    assert torch.isfinite(of_kl[1]).all()
+    assert not of_kl[3]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_logvar_clamp(impl: str) -> None:
     x_hat, x, mu, _ = inputs(5, 10, 1, torch.float32)
     logvar = torch.tensor([[-31.0], [-30.0], [0.3], [20.0], [21.0]], requires_grad=True)
