@@ -295,7 +295,7 @@ def _matrix(tensor: Tensor | None, rows: int, columns: int) -> tuple[Tensor | No
         return None, (0, 0)
     if tensor.is_contiguous():
         return tensor, (columns, 1)
-    if tensor.dim() != 2:
+    if tensor.shape != (rows, columns):
         tensor = tensor.reshape(rows, columns)
     return tensor, (tensor.stride(0), tensor.stride(1))
 

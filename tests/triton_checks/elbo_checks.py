@@ -322,6 +322,15 @@ def test_rows_may_lie_further_apart_than_2_31_elements() -> None:
     assert gradient.sum(1).tolist() == [0, 0, -32]
 
 
+def test_one_sample_of_one_feature_that_is_not_contiguous() -> None:
+    """x_hat is [K, B] beside an x of [B]: two dimensions that are not those of data and features."""
+    x_hat = torch.stack([torch.arange(5.0), torch.full((5,), 9.0)], 1).to(DEVICE).t()[:1]
+    x, kl = torch.zeros(5, device=DEVICE), torch.zeros(5, device=DEVICE)
+    values = launcher.forward(Inputs(x_hat, x, kl=kl), Spec("mse", "none", "none"), Extents(1, 5, 1, 1))
+    assert values.recon is not None
+    assert values.recon.tolist() == [0, 1, 4, 9, 16]
+
+
 @pytest.mark.parametrize(("batch", "latents"), [(0, 3), (5, 1), (70, 300), (1300, 20)])
 def test_kl_of_each_latent(batch: int, latents: int) -> None:
     case = Case(
