@@ -249,7 +249,7 @@ def _shared_arguments(inputs: Inputs, spec: Spec, extents: Extents, cut: Plan) -
     p_log_scale, log_scale_number = _tensor_or_number(inputs.log_scale, device)
     p_log_scale, scale_strides = _scale_matrix(p_log_scale, spec, extents)
     p_seed, seed_number = _tensor_or_number(0 if inputs.seed is None else inputs.seed, device)
-    by_latent = p_beta is not None and p_beta.numel() > 1
+    by_latent = p_beta is not None and p_beta.numel() != 1
     if p_beta is not None and by_latent:
         p_beta = p_beta.reshape(-1)
     low, high = spec.logvar_clamp or (0.0, 0.0)

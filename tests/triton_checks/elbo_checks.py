@@ -331,6 +331,15 @@ def test_one_sample_of_one_feature_that_is_not_contiguous() -> None:
     assert values.recon.tolist() == [0, 1, 4, 9, 16]
 
 
+def test_no_latents_and_no_beta_of_any() -> None:
+    x_hat, x = torch.ones(3, 4, device=DEVICE), torch.zeros(3, 4, device=DEVICE)
+    none = torch.zeros(3, 0, device=DEVICE)
+    inputs = Inputs(x_hat, x, none, none, beta=torch.zeros(0, device=DEVICE))
+    values = launcher.forward(inputs, Spec("mse"), Extents(1, 3, 4, 0))
+    assert values.loss is not None
+    assert values.loss.item() == 4
+
+
 @pytest.mark.parametrize(("batch", "latents"), [(0, 3), (5, 1), (70, 300), (1300, 20)])
 def test_kl_of_each_latent(batch: int, latents: int) -> None:
     case = Case(
