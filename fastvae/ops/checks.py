@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -64,6 +65,7 @@ def make_spec(
         logvar_clamp = (low, high)
     check_choice("free_bits_form", free_bits_form, ("batch", "element"))
     if free_bits is not None:
+        check_number("free_bits", free_bits)
         if not 0 <= free_bits < math.inf:
             raise ValueError(f"free_bits: got {free_bits}, expected nats a latent, at least 0")
         if free_bits_form == "batch" and recon_reduction == "none":
@@ -88,6 +90,11 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
 
 
+def check_number(name: str, value: object) -> None:
+    if not isinstance(value, (Real, Tensor, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number or a tensor")
+
+
 def check_scale(
     log_variance: float | Tensor | str, log_scale: float | Tensor | str, spec: Spec
 ) -> float | Tensor | Literal["batch"]:
@@ -106,8 +113,10 @@ def check_scale(
                 f"log_scale: got {log_scale!r}, expected a number or a tensor; the optimum for a batch is "
                 "log_variance's alone"
             )
+        check_number("log_scale", log_scale)
         return log_scale
     if not isinstance(log_variance, str):
+        check_number("log_variance", log_variance)
         return log_variance
     check_choice("log_variance", log_variance, ("a number", "a tensor", "batch"))
     if spec.per_sample:
@@ -128,6 +137,7 @@ def check_capacity(capacity: float | Tensor | None, spec: Spec) -> None:
         )
     if spec.free_bits is not None:
         raise ValueError(f"capacity: given with free_bits {spec.free_bits}, expected one of the two")
+    check_number("capacity", capacity)
     if isinstance(capacity, Tensor):
         if capacity.numel() != 1:
             raise ValueError(f"capacity: got shape {tuple(capacity.shape)}, expected a number or one element")
@@ -268,6 +278,7 @@ def elbo_extents(inputs: Inputs) -> Extents:
             raise ValueError(f"{name}: got device {tensor.device}, expected {x_hat.device} as for x_hat")
     if weight is not None and weight.shape != (batch,):
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({batch},), one factor a datum")
+    check_number("beta", beta)
     if isinstance(beta, Tensor) and beta.numel() != 1 and (kl is not None or beta.numel() != latents):
         expected = (
             "one value, since kl is given" if kl is not None else f"one value, or {latents}, one a latent"
