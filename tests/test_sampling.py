@@ -69,6 +69,17 @@ def test_the_same_noise_from_both(latents: int, seed: int) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=4e-6)
 
 
+def test_noise_does_not_depend_on_the_default_dtype(seed: int) -> None:
+    expected = reference.normal(2, 7, 5, seed)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = reference.normal(2, 7, 5, seed)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
 def test_noise_depends_on_place_alone(seed: int) -> None:
     whole = draw("native", seed, 0, 0, 12, 7)
     parts = [draw("native", seed, 0, first, 4, 7) for first in (0, 4, 8)]

@@ -82,8 +82,9 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
     sin_t = t + t * t2 * _horner(SIN_POLY, t2)
     cos_t = 1 - 0.5 * t2 + t2 * t2 * _horner(COS_POLY, t2)
     swap = (quarter & 1).bool()
-    cos = torch.where(swap, sin_t, cos_t) * torch.where(((quarter + 1) & 2).bool(), -1.0, 1.0)
-    sin = torch.where(swap, cos_t, sin_t) * torch.where((quarter & 2).bool(), -1.0, 1.0)
+    # the sign is 1 - 0 or 1 - 2; in float32 whatever torch's default
+    cos = torch.where(swap, sin_t, cos_t) * (1 - ((quarter + 1) & 2).to(torch.float32))
+    sin = torch.where(swap, cos_t, sin_t) * (1 - (quarter & 2).to(torch.float32))
     return r * cos, r * sin
 
 
