@@ -252,6 +252,16 @@ def test_gradients_of_beta_made_with_the_loss(impl: str, options: dict) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_capacity_that_alone_is_learned(impl: str) -> None:
+    capacity = torch.tensor(2.0, requires_grad=True)
+    loss = fastvae.ELBOLoss(beta=1.5, capacity=capacity, impl=impl)
+    _, roots = loss.terms_and_gradients(*inputs())
+    tensors, gradients = zip(*roots, strict=True)
+    (got,) = torch.autograd.grad(tensors, capacity, gradients)
+    assert got.abs() == 1.5
+
+
 def test_all_compile_whole() -> None:
     tensors = inputs()
 

@@ -149,7 +149,7 @@ def elbo_with_gradients(
     call = _prepare_loss(inputs, log_variance, log_scale, capacity, spec, process_group, impl)
     result, roots = run_with_gradients(*call[:3], impl)
     if call.added is not None and call.added.requires_grad:  # of a beta or a capacity that is learned
-        roots = [*roots, (call.added, torch.ones_like(call.added))]
+        roots = [(t, g) for t, g in roots if t.requires_grad] + [(call.added, torch.ones_like(call.added))]
     return _terms(result, call.added), roots
 
 
