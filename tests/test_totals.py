@@ -218,7 +218,8 @@ def test_capacity_hides_nothing_that_is_not_finite(impl: str) -> None:
     for value, expected in ((math.nan, math.isnan), (math.inf, math.isinf)):
         tensors[2][3, 1] = value
         assert expected(fastvae.elbo(*tensors, capacity=3.0, impl=impl).loss.item())
-    assert fastvae.elbo(*tensors, capacity=3.0, beta=0.0, impl=impl).loss.isfinite()
+        for beta in (0.0, torch.tensor([0.0], requires_grad=True)):
+            assert fastvae.elbo(*tensors, capacity=3.0, beta=beta, impl=impl).loss.isfinite()
     empty = [t[:0] for t in tensors]
     assert fastvae.elbo(*empty, capacity=3.0, impl=impl).loss == 0
 

@@ -79,9 +79,10 @@ def signed_beta(
         total = _kl_sum(inputs, spec, extents, impl)
         totals = _over_ranks(torch.stack((total, torch.full_like(total, extents.batch))), group)
         excess = totals[0] / totals[1].clamp(min=1) - _scalar(capacity, total.dtype)
-        # torch.sign is 0 of NaN, and a beta of 0 would hide it
-        sign = torch.where(excess > 0, 1.0, torch.where(excess < 0, -1.0, excess * 0)).to(total.dtype)
-    beta = sign * _scalar(inputs.beta, total.dtype)
+        # torch.sign is 0 of NaN, and would hide it; a beta that is 0 itself drops it
+        unknown = excess.isnan() & (_scalar(inputs.beta, total.dtype) != 0)
+        sign = torch.where(excess > 0, 1.0, torch.where(excess < 0, -1.0, torch.where(unknown, excess, 0.0)))
+    beta = sign.to(total.dtype) * _scalar(inputs.beta, total.dtype)
     return beta, -beta * _scalar(capacity, total.dtype) * (extents.batch * spec.kl_scale(extents))
 
 
