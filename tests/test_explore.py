@@ -538,6 +538,10 @@ def test_tsne_keeps_neighbours_together(seed: int) -> None:
     assert (groups[nearest] == groups).double().mean() > 0.8
 
 
+def test_tsne_of_data_that_are_all_the_same() -> None:
+    assert torch.equal(tsne(torch.ones(50, 3)), torch.zeros(50, 2))
+
+
 def test_latents_over_the_epochs(look, tmp_path: Path, validation) -> None:
     options = (
         f"--data digits --epochs 4 --hidden 8 --latent-dim 2 --seed {SEED} --weights-epochs 2 --no-report"

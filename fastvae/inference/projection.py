@@ -82,11 +82,13 @@ def tsne(z: Tensor, *, seed: int = 0) -> Tensor:
     """z [N, *latent] in the plane, neighbours beside neighbours: float32 [N, 2].
 
     t-SNE (van der Maaten and Hinton 2008), by scikit-learn. Distances between groups, and their sizes, have
-    no meaning.
+    no meaning. Data that are all the same lie at the origin.
     """
     from sklearn.manifold import TSNE
 
     flat = z.flatten(1).double().numpy()
+    if (flat == flat[0]).all():  # of which scikit-learn makes NaN, and a segmentation fault
+        return torch.zeros(len(flat), 2)
     perplexity = min(TSNE_PERPLEXITY, max(1.0, (len(flat) - 1) / 3))
     fitted = TSNE(2, perplexity=perplexity, init="pca", random_state=seed % 2**32)
     return torch.from_numpy(fitted.fit_transform(flat)).float()
