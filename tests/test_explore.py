@@ -457,6 +457,18 @@ def test_points_have_the_colour_of_their_class_and_a_legend_says_which(seed: int
     assert shown_at(pixels, figure, (math.cos(-1), math.sin(-1))).max() < 0.95  # where latents are plain
 
 
+def test_names_of_classes_are_drawn_whatever_they_are() -> None:
+    classes = ["$\\alpha$ and $", "_under", "日本", "two\nlines", "x" * 200, "ünï"]
+    figure = scatter(torch.rand(6, 2), np.arange(6), classes=classes, title=f"of $x {'y' * 200}")
+    picture(figure)  # without a warning of a glyph, of the layout or of mathematical text
+    texts = figure.legends[0].get_texts()
+    shown = [classes[0], "_under", "2: ??", "3: two?lines", f"4: {'x' * 23}…", "ünï"]
+    assert [text.get_text() for text in texts] == shown
+    assert not any(text.get_parse_math() for text in (*texts, figure.axes[0].title))
+    assert figure.axes[0].get_title() == f"of $x {'y' * 57}…"
+    assert figure.axes[0].get_window_extent().width > 300  # of 840 pixels
+
+
 def test_without_labels_and_with_many(seed: int) -> None:
     points = torch.randn(500, 2)
     assert scatter(points).legends == []

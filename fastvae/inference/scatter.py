@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 INCHES = (7.0, 5.6)
 DPI = 120
 IN_A_LEGEND = 20  # classes; more are shown by a scale of colours
+LONGEST_NAME, LONGEST_TITLE = 24, 64  # characters
 
 
 def scatter(
@@ -35,9 +36,10 @@ def scatter(
 
     Points [N, 1] are drawn in a strip for each class.
 
-    labels: int64 [N]. classes: the names of the labels 0, 1, ...; the labels themselves without. axes: their
-    names. limits: of them; those of the points without. prior: with circles at one, two and three standard
-    deviations of N(0, I), and one scale for both axes. ticks: whether the numbers of the axes mean something.
+    labels: int64 [N]. classes: the names of the labels 0, 1, ...; the labels themselves without, and before
+    a name that is too long or has characters that the font does not have. axes: their names. limits: of them;
+    those of the points without. prior: with circles at one, two and three standard deviations of N(0, I), and
+    one scale for both axes. ticks: whether the numbers of the axes mean something.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -58,12 +60,16 @@ def scatter(
     if labels is not None and len(kinds) <= IN_A_LEGEND:
         colour_of = colormaps["tab10" if len(kinds) <= 10 else "tab20"]
         colours = colour_of(np.searchsorted(kinds, labels[order]))
-        named = [classes[kind] if classes and 0 <= kind < len(classes) else str(kind) for kind in kinds]
         marks = [
-            Line2D([], [], marker="o", linestyle="", color=colour_of(i), label=name)
-            for i, name in enumerate(named)
+            Line2D([], [], marker="o", linestyle="", color=colour_of(i), label=str(kind))
+            for i, kind in enumerate(kinds)
         ]
-        figure.legend(handles=marks, loc="outside right center", frameon=False, handletextpad=0.1)
+        legend = figure.legend(handles=marks, loc="outside right center", frameon=False, handletextpad=0.1)
+        for kind, text in zip(kinds, legend.get_texts(), strict=True):
+            if classes and 0 <= kind < len(classes):
+                name = _drawable(classes[kind], LONGEST_NAME)
+                text.set_text(name if name == classes[kind] else f"{kind}: {name}")
+                text.set_parse_math(False)  # a $ in a name is one
     elif labels is not None:
         scale = ScalarMappable(Normalize(min(kinds), max(kinds)), "viridis")
         colours = scale.to_rgba(labels[order])
@@ -89,9 +95,20 @@ def scatter(
         ax.set_yticks([])
     for axis, name in zip((ax.xaxis, ax.yaxis), axes, strict=False):
         axis.set_label_text(name)
-    ax.set_title(title, fontsize=10)
+    ax.set_title(_drawable(title, LONGEST_TITLE), fontsize=10, parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _drawable(text: str, longest: int) -> str:
+    """The text with "?" for what the font does not have, cut where it is longer than so many characters."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    files = [findfont(FontProperties(family=[family])) for family in rcParams["font.family"]]
+    known = {code for file in files for code in get_font(file).get_charmap()}
+    text = "".join(character if ord(character) in known else "?" for character in text)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def limits_of(points: Tensor) -> list[tuple[float, float]]:
