@@ -325,6 +325,28 @@ def test_encode_and_decode(model: VAE, look, validation) -> None:
     assert abs(noise.var() - 1) < 6 * math.sqrt(2 / n)
 
 
+def test_what_a_command_reads_is_not_written(run: Path, look) -> None:
+    look("encode", "--out", "z.npy")
+    np.save("x.npy", np.random.default_rng(0).random((5, 8, 8), np.float32))
+    Path("link.npy").symlink_to("z.npy")
+    files = [Path("z.npy"), Path("x.npy"), run / "model.safetensors", run / "config.json"]
+    before = [file.read_bytes() for file in files]
+    for command, out, options in (
+        ("decode", "z.npy", ["--latents", "z.npy"]),
+        ("decode", "z.npy", ["--latents", "link.npy"]),
+        ("sample", "./z.npy", ["--latents", "z.npy"]),
+        ("encode", "x.npy", ["--data", "x.npy"]),
+        ("reconstruct", "x.npy", ["--data", "x.npy"]),
+        ("latents", "x.npy", ["--data", "x.npy"]),
+        ("sample", run / "model.safetensors", ["--format", "npy"]),
+        ("report", run / "config.json", []),
+    ):
+        printed = look(command, *options, "--out", out, status=2)
+        expected = f"--out: got '{Path(out)}', which the command reads, expected another file"
+        assert printed == f"fastvae: error: {expected}\n"
+    assert [file.read_bytes() for file in files] == before
+
+
 @pytest.mark.parametrize("likelihood", ["mse", "gaussian", "bernoulli"])
 def test_draws_of_x_have_the_likelihoods_mean_and_variance(likelihood, seed: int) -> None:
     model = VAE.mlp((6,), (5,), 2, likelihood=likelihood, variance=0.3 if likelihood == "gaussian" else None)

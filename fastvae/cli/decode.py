@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import add_draw_x, add_run_command, add_run_options
-from .output import check_out, load_latents, save_batches, shape_of
+from .output import check_not_read, check_out, load_latents, save_batches, shape_of
 from .runs import open_run, track
 
 
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
     check_out(path, ["npy"])
     opened = open_run(arguments)
+    check_not_read(path, opened, arguments)
     n, z = load_latents(arguments.latents, opened, arguments.batch_size)
     shape, batches = (n, *opened.item_shape), track(z, "decoding", -(-n // arguments.batch_size))
     decoded = decode(opened.model, batches, draw_x=arguments.draw_x, seed=opened.seed)

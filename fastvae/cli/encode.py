@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import add_run_command, add_run_options
-from .output import check_out, save_batches, shape_of
+from .output import check_not_read, check_out, save_batches, shape_of
 from .runs import open_data, open_run, track
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
     check_out(path, ["npy"])
     opened = open_run(arguments)
+    check_not_read(path, opened, arguments)
     data = open_data(opened, arguments)
     batches = encode(
         opened.model,

@@ -36,6 +36,7 @@ def output_path(run: Run, arguments: argparse.Namespace, name: str) -> tuple[Pat
         kind = kind or formats[0]
         out = run.folder / f"{name}.{kind}"
     check_out(out, formats if kind is None else ())
+    check_not_read(out, run, arguments)
     of_name = out.suffix.removeprefix(".").lower()
     if kind is not None and of_name in ("png", "gif", "npy") and of_name != kind:
         raise ConfigError("format", f"got {kind} with --out {out}, expected one of the two")
@@ -56,6 +57,24 @@ def check_out(out: Path, formats: Sequence[str] = ()) -> None:
         raise ConfigError("out", f"got '{out}', which is a folder, expected a file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError("out", f"got '{out}', but {folder} is not writable")
+
+
+def check_not_read(out: Path, run: Run, arguments: argparse.Namespace) -> None:
+    """Raise ConfigError if `out` is a file that a command reads: the latents, the data, or one of the run."""
+    given = (getattr(arguments, "latents", None), getattr(arguments, "data", None))
+    files = (*given, run.config.data, run.config.val)
+    check_none_of(out, [run.folder], [Path(file) for file in files if isinstance(file, str)])
+
+
+def check_none_of(out: Path, runs: Iterable[Path], others: Iterable[Path] = ()) -> None:
+    """Raise ConfigError if `out` is one of the files that make the runs, or one of the others."""
+    from ..models.files import CONFIG_NAME, WEIGHTS_NAME
+    from ..training.run_folder import EVALUATION_NAME, METRICS_NAME, OPTIONS_NAME, SUMMARY_NAME
+
+    names = (CONFIG_NAME, WEIGHTS_NAME, OPTIONS_NAME, METRICS_NAME, SUMMARY_NAME, EVALUATION_NAME)
+    for file in (*(run / name for run in runs for name in names), *others):
+        if out.exists() and file.exists() and out.samefile(file):
+            raise ConfigError("out", f"got '{out}', which the command reads, expected another file")
 
 
 def save_picture(path: Path, picture: Tensor) -> None:

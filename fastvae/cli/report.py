@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError, ConfigFileError
 from .arguments import add_command, add_run_options
-from .output import check_out
+from .output import check_none_of, check_out
 from .runs import open_data, open_run
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or (folders[0] / REPORT_NAME if len(folders) == 1 else REPORT_NAME))
     records = [report.read_run(folder) for folder in folders]
     check_out(out)
+    check_none_of(out, folders)
     drawn = [_with_pictures(*pair, arguments) for pair in zip(records, folders, strict=True)]
     report.write(drawn, out, version=importlib.metadata.version("fastvae"))
     print(f"report: {out}")
