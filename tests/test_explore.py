@@ -175,6 +175,11 @@ def test_the_most_used_come_first_without_a_summary_too(run: Path, look, tmp_pat
     assert main(["traverse", str(copy), "--out", "computed.npy"]) == 0
     look("traverse", "--out", "of-summary.npy")
     np.testing.assert_array_equal(np.load("computed.npy"), np.load("of-summary.npy"))
+    nan = [math.nan] * LATENTS
+    for damaged in (5, [1, 2], *({"kl_by_latent": kl} for kl in (5, [1.0], ["a"] * LATENTS, nan))):
+        (copy / "summary.json").write_text(json.dumps(damaged))
+        assert main(["traverse", str(copy), "--out", "despite.npy"]) == 0
+        np.testing.assert_array_equal(np.load("despite.npy"), np.load("of-summary.npy"))
 
 
 def test_paths_of_latents_of_any_shape(seed: int) -> None:

@@ -242,11 +242,12 @@ def workers(source: Source, on_gpu: bool) -> int | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a file of the run holds; empty where it is absent or no JSON."""
+    """What a file of the run holds; empty where it is absent or no JSON object."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def track(batches: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -112,9 +112,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _kl(opened: Run, arguments: argparse.Namespace) -> list[float] | None:
     """The KL of each latent in nats, [Z]: of summary.json, else of the data; None where there are neither."""
-    found = opened.summary.get("kl_by_latent")
+    found = _kl_of_summary(opened)
     if found is not None:
-        return list(found)
+        return found
     if arguments.data is None and opened.config.data is None:
         return None
     import torch
@@ -127,6 +127,14 @@ def _kl(opened: Run, arguments: argparse.Namespace) -> list[float] | None:
         for x in inputs(track(open_data(opened, arguments).loader, "encoding"), opened.device):
             statistics.update(*opened.model.encode(x))
     return [float(kl) for kl in statistics.kl]
+
+
+def _kl_of_summary(opened: Run) -> list[float] | None:
+    """What summary.json says of it; None where that is not a number for each latent."""
+    found, n = opened.summary.get("kl_by_latent"), math.prod(opened.latent_shape)
+    if not isinstance(found, list) or len(found) != n:
+        return None
+    return found if all(isinstance(kl, float) and math.isfinite(kl) for kl in found) else None
 
 
 def _latents(opened: Run, arguments: argparse.Namespace, kl: list[float] | None) -> list[int]:
@@ -151,7 +159,7 @@ def _center(opened: Run, arguments: argparse.Namespace) -> tuple[Tensor, str]:
     from ..inference import encode
 
     if arguments.index is None:
-        if arguments.split is not None and "kl_by_latent" in opened.summary:
+        if arguments.split is not None and _kl_of_summary(opened) is not None:
             raise ConfigError("split", f"got {arguments.split}, expected it with --index only")
         return torch.zeros(opened.latent_shape), "the mean of the prior"
     data = open_data(opened, arguments)
