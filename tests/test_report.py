@@ -133,6 +133,14 @@ def test_a_run_of_the_trainer_is_finished_too(tmp_path: Path) -> None:
     assert report.read_run(tmp_path).status == "not finished: 0 epochs"
 
 
+def test_a_run_without_validation_data_is_shown() -> None:
+    """Of the trainer, whose rows then have neither val_loss nor kl_by_latent."""
+    history = [{"epoch": epoch, "step": epoch, "train_loss": 2.0 / epoch} for epoch in (1, 2)]
+    text = report.html([RunRecord("one", finished=True, history=history)], version="0")
+    assert "finished after 2 epochs" in text
+    assert "KL by dimension" not in text
+
+
 def test_equal_runs_have_no_differences_and_names_of_their_own() -> None:
     run = RunRecord("same", options={"beta": 1.0}, summary={"val_loss": 2.0})
     text = report.html([run, run], version="0")

@@ -137,7 +137,8 @@ def _by_latent(runs: Sequence[RunRecord]) -> Chart | None:
 
 def _latents_over_epochs(run: RunRecord) -> Chart | None:
     final = run.kl_by_latent
-    rows = [row["kl_by_latent"] for row in run.history if len(row.get("kl_by_latent") or ()) == len(final)]
+    each = [row.get("kl_by_latent") or [] for row in run.history]
+    rows = [row for row in each if len(row) == len(final)]
     if len(rows) < 2 or not final:
         return None
     order = np.argsort(final)[::-1][:SHOWN_LATENTS]
