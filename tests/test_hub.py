@@ -198,6 +198,22 @@ def test_the_card_says_what_the_evaluation_says(run: Path, tmp_path: Path) -> No
 
 
 @needs_hub
+@pytest.mark.parametrize("summary", [None, "{", "[]"])
+def test_a_run_without_figures_has_a_card(run: Path, tmp_path: Path, summary: str | None) -> None:
+    """As where its summary.json is missing or damaged."""
+    bare = tmp_path / "run"
+    shutil.copytree(run, bare)
+    (bare / "summary.json").unlink()
+    if summary is not None:
+        (bare / "summary.json").write_text(summary)
+    load(bare).save_pretrained(tmp_path / "saved")
+    data, text = _card(tmp_path / "saved")
+    assert "model-index" not in data
+    assert "Not evaluated." in text
+    assert "trained with fastvae on digits." in text
+
+
+@needs_hub
 def test_a_model_that_has_changed_has_no_results(run: Path, tmp_path: Path) -> None:
     model = load(run)
     with torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -109,7 +108,7 @@ def open_run(arguments: argparse.Namespace, folder: Path | None = None, *, finis
     ConfigFileError for a train.toml that is none.
     """
     from ..models import ModelFilesError
-    from ..models.files import CONFIG_NAME, WEIGHTS_NAME, read, read_config
+    from ..models.files import CONFIG_NAME, WEIGHTS_NAME, read, read_config, read_json
     from ..training.checkpoint import BEST_NAME, checkpoints
     from ..training.device import choose_device
     from ..training.run_folder import CHECKPOINTS_NAME, OPTIONS_NAME, SUMMARY_NAME
@@ -142,7 +141,7 @@ def open_run(arguments: argparse.Namespace, folder: Path | None = None, *, finis
         config.seed if arguments.seed is None else arguments.seed,
         tuple(of_model["item_shape"]),
         tuple(of_model.get("latent_shape") or (of_model["latent_dim"],)),
-        _json(folder / SUMMARY_NAME),
+        read_json(folder / SUMMARY_NAME),
     )
 
 
@@ -239,15 +238,6 @@ def as_counts(source: Source, config: TrainConfig) -> Source:
 def workers(source: Source, on_gpu: bool) -> int | None:
     """Of a loader: none where the cores compute already and no disk is to be waited for."""
     return 0 if source.in_memory and not on_gpu else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """What a file of the run holds; empty where it is absent or no JSON object."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def track(batches: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -151,6 +151,15 @@ def _os_error(error: safetensors.SafetensorError, path: Path) -> OSError:
     return OSError(int(number[1]), f"could not be written: {os.strerror(int(number[1]))}", str(path))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; empty where it is absent or no JSON object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, all or nothing. Raises ValueError for NaN and inf, which JSON does not have."""
     with replacing(path) as temporary:

@@ -6,7 +6,6 @@ safetensors; nothing is pickled or unpickled.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -136,7 +135,7 @@ def _mixin() -> Any:
 
 def _facts(model: VAE) -> dict[str, Any]:
     """What the run of a model says of it: nothing where its weights are not those of the run any more."""
-    from .files import WEIGHTS_NAME
+    from .files import WEIGHTS_NAME, read_json
 
     run = model._run
     if run is None or not (run / WEIGHTS_NAME).is_file():
@@ -146,8 +145,7 @@ def _facts(model: VAE) -> dict[str, Any]:
         return {}
     facts: dict[str, Any] = {}
     for name in ("summary", "evaluation"):
-        path = run / f"{name}.json"
-        facts[name] = json.loads(path.read_text()) if path.is_file() else {}
+        facts[name] = read_json(run / f"{name}.json")
     options = run / "train.toml"
     facts["options"] = tomllib.loads(options.read_text()) if options.is_file() else {}
     facts["pictures"] = [run / name for name in PICTURES if (run / name).is_file()]
@@ -187,7 +185,7 @@ def _card(model: VAE, name: str, license: str, facts: Mapping[str, Any]) -> Mode
             )
             for metric, name_of_metric, value, unit in results
         ]
-        if data
+        if results and data
         else None,
     )
     templates = Environment(
