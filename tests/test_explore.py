@@ -531,6 +531,25 @@ def test_a_run_with_one_latent(train: Callable[..., Path], typed: Callable[..., 
     assert "expected 0, the one latent" in typed("latents", run, "--dims", 0, 1, status=2)
 
 
+def test_one_of_a_thing_is_said_in_the_singular(
+    typed: Callable[..., str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = "--data digits --epochs 1 --hidden 8 --latent-dim 1 --no-report --out run"
+    assert "model: mlp, 1 latent, " in typed("train", *options.split())
+    assert typed("sample", "run", "--n", 1) == "run/sample.png: 1 draw of the prior\n"
+    fitted = "1 draw of 1 Gaussian fitted to the posteriors of digits (training)"
+    drawn = typed("sample", "run", "--n", 1, "--from", "posterior", "--components", 1)
+    assert drawn == f"run/sample.png: {fitted}\n"
+    Path("images/one").mkdir(parents=True)
+    Image.new("L", (8, 8)).save("images/one/a.png")
+    Path("images/one/b.png").write_text("none")
+    packed = typed("data", "pack", "images", "x.npy", "--on-error", "skip")
+    assert "\n1 image was left out\n" in packed
+    assert packed.endswith("x.npy: 1 sample of 8 x 8, 0.0 MB, labels of 1 class in its JSON\n")
+    assert typed("data", "verify", "x.npy") == "x.npy: 1 sample of 8 x 8, as it was packed\n"
+
+
 def test_principal_components_of_many_latents(seed: int) -> None:
     scales = torch.cat((torch.tensor([4.0, 2.5]), torch.linspace(1.0, 0.5, 38))).double()
     z = 5 + scales * torch.randn(300, 40, dtype=torch.float64)

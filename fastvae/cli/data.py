@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.signals import StopSignal
 from .arguments import add_command
+from .output import number_of
 
 if TYPE_CHECKING:
     from ..data.folders import Report
@@ -138,12 +139,14 @@ def _pack(arguments: argparse.Namespace) -> None:
         raise
     if packed.skipped:
         _print_problems(packed.skipped)
-        print(f"{len(packed.skipped):,} images were left out")
+        n = len(packed.skipped)
+        print(f"{number_of(n, 'image')} {'was' if n == 1 else 'were'} left out")
     n, item = packed.shape[0], packed.shape[1:]
-    what = f"{n:,} samples of {_by(item)}, {packed.bytes / 1e6:,.1f} MB"
+    what = f"{number_of(n, 'sample')} of {_by(item)}, {packed.bytes / 1e6:,.1f} MB"
     labels = "without labels"
     if packed.labels is not None:
-        labels = f"labels of {len(packed.classes) or len(set(packed.labels))} classes in its JSON"
+        n_classes = len(packed.classes) or len(set(packed.labels))
+        labels = f"labels of {n_classes:,} {'class' if n_classes == 1 else 'classes'} in its JSON"
     print(f"{arguments.destination}: {what}, {labels}")
 
 
@@ -152,7 +155,9 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     with _progress() as report:
         packed = verify(Path(arguments.file), report)
-    print(f"{arguments.file}: {packed.shape[0]:,} samples of {_by(packed.shape[1:])}, as they were packed")
+    n, item = packed.shape[0], packed.shape[1:]
+    as_packed = f"as {'it was' if n == 1 else 'they were'} packed"
+    print(f"{arguments.file}: {number_of(n, 'sample')} of {_by(item)}, {as_packed}")
 
 
 def _print_problems(problems: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..training.config import ConfigError
 from .arguments import add_draw_x, add_run_command, add_run_options, index, positive
-from .output import add_output_options, output_path, save_array, save_moving, save_picture
+from .output import add_output_options, number_of, output_path, save_array, save_moving, save_picture
 from .runs import decoded, open_data, open_run
 
 STEPS = {"png": 10, "npy": 10, "gif": 30}
@@ -82,4 +82,4 @@ def run(arguments: argparse.Namespace) -> None:
         columns = ["x", *(f"{i / (steps - 1):.3g}" for i in range(steps)), "x"]
         save_picture(path, plots.table(between, columns=columns))
     how = "spherical" if arguments.spherical else "linear"
-    print(f"{path}: {len(ways)} {how} {'way' if len(ways) == 1 else 'ways'} between {data.name}")
+    print(f"{path}: {number_of(len(ways), f'{how} way')} between {data.name}")

@@ -105,6 +105,11 @@ def shape_of(shape: Sequence[int]) -> str:
     return " x ".join(f"{size:,}" for size in shape)
 
 
+def number_of(n: int, what: str) -> str:
+    """So many of a thing, for a message: 1 latent, 1,797 latents."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def save_batches(path: Path, shape: Sequence[int], batches: Iterable[Any]) -> None:
     """Write batches [B, ...] as one .npy of float32 and `shape`, all or nothing, one batch in memory."""
     import numpy as np

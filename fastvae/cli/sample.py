@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
 from .arguments import add_draw_x, add_run_command, add_run_options, positive
-from .output import add_output_options, load_latents, output_path, save_batches, save_picture
+from .output import add_output_options, load_latents, number_of, output_path, save_batches, save_picture
 from .runs import Run, open_data, open_run, track
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _latents(opened: Run, arguments: argparse.Namespace) -> tuple[Tensor, str]:
     hot = "" if temperature == 1 else f" at temperature {temperature:g}"
     if arguments.source != "posterior":
         z = draw_prior(n, opened.latent_shape, temperature=temperature, seed=opened.seed)
-        return z, f"{n:,} draws of the prior{hot}"
+        return z, f"{number_of(n, 'draw')} of the prior{hot}"
     data = open_data(opened, arguments, part="train").some(FITTED, opened.seed)
     batches = encode(
         opened.model,
@@ -123,5 +123,6 @@ def _latents(opened: Run, arguments: argparse.Namespace) -> tuple[Tensor, str]:
     if components > len(z):
         raise ConfigError("components", f"got {components}, expected at most {len(z)}, the data")
     mixture = fit_mixture(z, components=components, seed=opened.seed)
-    what = f"{n:,} draws of {components} Gaussians fitted to the posteriors of {data.name}{hot}"
+    fitted = f"{number_of(components, 'Gaussian')} fitted to the posteriors of {data.name}"
+    what = f"{number_of(n, 'draw')} of {fitted}{hot}"
     return mixture.draw(n, temperature=temperature, seed=opened.seed), what

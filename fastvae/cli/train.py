@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.config import ConfigError, TrainConfig
 from .model import build_model, likelihood_of_run, own_class
 from .options import add_train_options, given_options, train_config
+from .output import number_of
 from .runs import as_counts, workers
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     amp_dtype = str(trainer.amp_dtype).removeprefix("torch.")
     print(
-        f"model: {config.model}, {config.latent_dim} latents, {parameters:,} parameters, "
+        f"model: {config.model}, {number_of(config.latent_dim, 'latent')}, {parameters:,} parameters, "
         f"{config.likelihood} likelihood"
     )
     print(f"device: {trainer.device} ({trainer.device_reason}), {amp_dtype} ({trainer.amp_reason})")

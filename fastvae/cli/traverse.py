@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.config import ConfigError
 from .arguments import add_draw_x, add_run_command, add_run_options, index, positive
-from .output import add_output_options, output_path, save_array, save_moving, save_picture
+from .output import add_output_options, number_of, output_path, save_array, save_moving, save_picture
 from .runs import Run, decoded, latents_of, open_data, open_run, track
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     else:
         z = traversal(center, latents, offsets)
-        several = "" if len(latents) == 1 else "s"
-        what = f"{len(latents)} latent{several} from {-arguments.range:g} to {arguments.range:g}"
+        what = f"{number_of(len(latents), 'latent')} from {-arguments.range:g} to {arguments.range:g}"
     x = decoded(opened, z, arguments)
     names = [f"z{latent}" if kl is None else f"z{latent} {kl[latent]:.2f} nats" for latent in latents]
     if kind == "npy":
