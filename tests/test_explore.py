@@ -409,8 +409,10 @@ def test_what_cannot_be_done_is_said_in_a_line(run: Path, look) -> None:
         (
             "decode",
             ["--latents", "nowhere.npy", "--out", "x.npy"],
-            "--latents: got nowhere.npy, which is not",
+            "--latents: got 'nowhere.npy', which is not there, expected a .npy of fastvae encode",
         ),
+        ("sample", ["--latents", "."], "--latents: got '.', which is a folder, expected a .npy"),
+        ("decode", ["--latents", "", "--out", "x.npy"], "--latents: got '', which is not there"),
         ("sample", ["--latents", "narrow.npy", "--n", 3], "--n: got 3 with --latents"),
         ("sample", ["--n", 20000], "--n: got 20,000 for a picture, expected at most 10,000; --format npy"),
         ("traverse", ["--dims", 4], f"--dims: got 4, expected 0 to 3, the latents of {run}"),

@@ -137,8 +137,9 @@ def load_latents(path: str, run: Run, batch_size: int) -> tuple[int, Iterator[Te
     from ..data.formats import map_npy
     from ..inference.evaluate import x_of
 
-    if not os.path.exists(path):
-        raise ConfigError("latents", f"got {path}, which is not there")
+    if not os.path.exists(path) or os.path.isdir(path):
+        what = "a folder" if os.path.isdir(path) else "not there"
+        raise ConfigError("latents", f"got '{path}', which is {what}, expected a .npy of fastvae encode")
     try:
         z = map_npy(Path(path))
         expected = f"N x {shape_of(run.latent_shape)}"
