@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         name = unknown[0].split("=")[0]
         begun = [option for option in arguments.options if option.startswith(name)]
-        near = begun or difflib.get_close_matches(name, arguments.options, n=1)
+        known = {option.lstrip("-"): option for option in arguments.options}  # "--" would make --n of --index
+        near = begun or [known[match] for match in difflib.get_close_matches(name.lstrip("-"), known, n=1)]
         parser.error(f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         arguments.run(arguments)
