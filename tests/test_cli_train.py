@@ -244,6 +244,8 @@ def _bad_data(tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").touch()
+    (tmp_path / "python").mkdir()
+    _toml(tmp_path / "python" / "train.toml", "epochs = 3")
     return {
         "missing file": (["--data", "nowhere.npy"], "nowhere.npy"),
         "wrong magic number": (["--data", "magic-idx3-ubyte"], "magic"),
@@ -289,6 +291,10 @@ def _bad_data(tmp_path):
             "value.toml: lr: got 0, expected a number greater than 0",
         ),
         "config and resume": (["--resume", "full", "--config", "x.toml"], "--resume: given with --config,"),
+        "resume of a run of Python": (
+            ["--resume", "python"],
+            "which does not say what it was trained on; expected a run of fastvae train",
+        ),
         "config that does not go with a flag": (
             [
                 "--config",
@@ -308,7 +314,8 @@ BAD = [
     "KL warm-up", "negative epochs", "fraction",
     "too small a fraction", "missing validation file", "other items", "variance", "conv", "bernoulli",
     "full folder", "a file in the way", "no config", "not TOML", "typo in config", "type in config",
-    "value in config", "config and resume", "config that does not go with a flag",
+    "value in config", "config and resume", "resume of a run of Python",
+    "config that does not go with a flag",
     pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
 ]  # fmt: skip
 

@@ -157,7 +157,13 @@ def _options_of_run(arguments: argparse.Namespace) -> TrainConfig:
         raise ConfigError(
             "resume", f"got '{folder}', which has no {OPTIONS_NAME}; expected a run of fastvae train"
         )
-    return TrainConfig.from_toml(options).replace(out=str(folder), **given)
+    config = TrainConfig.from_toml(options)
+    if config.data is None:  # which the command always writes
+        got = f"got '{folder}', which does not say what it was trained on"
+        raise ConfigError(
+            "resume", f"{got}; expected a run of fastvae train, or Trainer(resume=True) in Python"
+        )
+    return config.replace(out=str(folder), **given)
 
 
 def _check_image_size(config: TrainConfig) -> None:
