@@ -241,6 +241,16 @@ def test_other_objects_are_refused(data: object, kind: str) -> None:
         as_source(data)
 
 
+@pytest.mark.parametrize("name", ["digits", "shapes:50"])
+def test_a_name_is_no_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"expected a path; .* is fastvae.data.resolve\('{name}'\).train"):
+        as_source(name)
+    np.save("digits.npy", np.zeros((3, 4), np.uint8))
+    Path("digits.npy").rename(name)
+    assert as_source(name).n_samples == 3
+
+
 def test_tensors_elsewhere_are_refused() -> None:
     with pytest.raises(DataError, match=r"a tensor on meta, expected one on the CPU; use source\.cpu\(\)"):
         as_source(torch.empty(3, 3, device="meta"))

@@ -69,6 +69,12 @@ def open_source(path: str | os.PathLike[str], image_size: int | None = None) -> 
         return open_image_folder(path, image_size)
     if os.path.isdir(path):
         return open_idx_folder(path, "train")
+    if not os.path.exists(path):
+        from .datasets import NAMES
+
+        if str(path).partition(":")[0] in NAMES:
+            named = f"the set with that name is fastvae.data.resolve({str(path)!r}).train"
+            raise DataError(f"{path}: no such file or folder, expected a path; {named}")
     with opened(path) as stream:
         try:
             start = stream.read(4)
