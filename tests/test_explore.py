@@ -447,6 +447,15 @@ def test_options_that_do_not_exist(run: Path, command: str, options: list[str], 
     assert capsys.readouterr().err == f"fastvae: error: {problem}\n"
 
 
+def test_ctrl_c_says_that_it_was_interrupted(run: Path, look, monkeypatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VAE, "encode", interrupted)
+    assert look("encode", "--out", "z.npy", status=130) == "fastvae: interrupted\n"
+    assert not list(Path().iterdir())
+
+
 def test_a_file_is_written_whole_or_not_at_all(run: Path, look, monkeypatch) -> None:
     look("encode", "--out", "z.npy")
     before = Path("z.npy").read_bytes()

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except KeyboardInterrupt as interrupt:
         if RANK == 0:
-            print(f"fastvae: {interrupt or 'interrupted'}", file=sys.stderr)
+            print(f"fastvae: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except TrainingStopped as stopped:
         run = stopped.checkpoint.parent.parent
