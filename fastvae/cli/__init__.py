@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
+        if not name.startswith("-"):
+            parser.error(f"got {unknown[0]!r}, which belongs to no option")
         begun = [option for option in arguments.options if option.startswith(name)]
         known = {option.lstrip("-"): option for option in arguments.options}  # "--" would make --n of --index
         near = begun or [known[match] for match in difflib.get_close_matches(name.lstrip("-"), known, n=1)]
