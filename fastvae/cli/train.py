@@ -338,7 +338,7 @@ def _print_end(summary: dict[str, Any], out: Path, report: Path | None) -> None:
             f"test loss {summary['test_loss']:.4f} nats: "
             f"recon {summary['test_recon']:.4f}, KL {summary['test_kl']:.4f}"
         )
-    print(f"trained on {summary['samples_per_second']:,.0f} samples/s for {summary['seconds']:.1f} s")
+    print(f"trained at {summary['samples_per_second']:,.0f} samples/s for {summary['seconds']:.1f} s")
     if report is not None:
         print(f"report: {report}")
     print(f"run: {out}")
