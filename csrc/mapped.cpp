@@ -215,8 +215,9 @@ void MappedRows::gather_read(const std::int64_t* rows, const std::byte* const* a
 // three times as long, and as much again to free those that they push out.
 void MappedRows::read(const std::int64_t* rows, std::int64_t n, std::byte* memory, std::size_t bytes,
                       const std::byte** addresses) const {
-    const std::byte* const begin = rows_->at(rows[0]);
-    const auto extent = static_cast<std::size_t>(rows_->at(rows[n - 1] + 1) - begin);
+    const auto [lowest, highest] = std::minmax_element(rows, rows + n);  // indices come in any order
+    const std::byte* const begin = rows_->at(*lowest);
+    const auto extent = static_cast<std::size_t>(rows_->at(*highest + 1) - begin);
     const std::size_t offset = static_cast<std::size_t>(offset_) + static_cast<std::size_t>(begin - rows_->data());
     const std::size_t before = offset % page_size();
     const std::size_t pages = (before + extent + page_size() - 1) / page_size() * page_size();

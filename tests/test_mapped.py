@@ -109,6 +109,20 @@ def test_indices_are_shuffled_in_windows(
     assert np.array_equal(chosen, given)
 
 
+@pytest.mark.usefixtures("staged")
+@pytest.mark.parametrize("within", [2, 8, 5000], ids=["pairs", "eights", "all"])
+def test_indices_in_any_order_are_read_in_it(tmp_path: Path, within: int, rng: np.random.Generator) -> None:
+    """Also where what lies from the first to the last row of a block is not all of it."""
+    x = rng.integers(0, 256, (5000, 1000), dtype=np.uint8)
+    chosen = np.concatenate([rng.permutation(within) + i for i in range(0, 5000, within)])
+    data = saved(tmp_path, x)
+    with data.open("rb") as stream:  # out of the page cache, for what is there is not read
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    got = torch.cat(list(DataLoader(data, 16, indices=chosen, dtype=torch.uint8)))
+    assert np.array_equal(got, x[chosen])
+
+
 def test_large_files_are_shuffled_in_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = numbered(1000, 256)
     data = saved(tmp_path, x)
