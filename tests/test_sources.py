@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastvae.data import DataError, as_source, open_source, source_from_arrays
 from fastvae.data.formats import read_idx
+from fastvae.data.pack import pack
 
 IMAGES = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
 LABELS = np.array([3, 1, 0, 2], dtype=np.uint8)
@@ -249,6 +251,17 @@ def test_a_name_is_no_path(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     np.save("digits.npy", np.zeros((3, 4), np.uint8))
     Path("digits.npy").rename(name)
     assert as_source(name).n_samples == 3
+
+
+def test_a_path_without_a_name_is_not_the_folder_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "x.png")
+    monkeypatch.chdir(tmp_path)
+    assert as_source(".").n_samples == 1
+    for read in (as_source, open_source, lambda path: pack(path, "y.npy")):
+        with pytest.raises(DataError, match="the path is '', expected"):
+            read("")
 
 
 def test_tensors_elsewhere_are_refused() -> None:

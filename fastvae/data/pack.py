@@ -50,7 +50,7 @@ def pack(
         raise DataError(f"{dst}: a folder, expected the name of a file")
     if dst.exists() and not overwrite:
         raise DataError(f"{dst}: exists already; --overwrite replaces it")
-    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    path = Path(source) if isinstance(source, str | os.PathLike) and os.fspath(source) else None
     if path is not None and dst.exists() and path.exists() and dst.samefile(path):
         raise DataError(f"{dst}: dst is what is packed, expected another name")
     feed: Feed

@@ -62,6 +62,8 @@ def open_source(path: str | os.PathLike[str], image_size: int | None = None) -> 
     folder, the IDX training files are opened, or else the images in it are decoded into memory; image_size
     makes these squares of that side. Raises DataError.
     """
+    if not os.fspath(path):  # which pathlib takes for the folder that one is in
+        raise DataError(f"the path is '', expected {EXTENSIONS}")
     path = Path(path)
     if is_image_folder(path):
         from .folders import open_image_folder
