@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvae.data import DataError, as_source, open_source, source_from_arrays
+from fastvae.data import DataError, as_source, counts, open_source, source_from_arrays
 from fastvae.data.formats import read_idx
 from fastvae.data.pack import pack
 
@@ -251,6 +251,14 @@ def test_a_name_is_no_path(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     np.save("digits.npy", np.zeros((3, 4), np.uint8))
     Path("digits.npy").rename(name)
     assert as_source(name).n_samples == 3
+
+
+@pytest.mark.parametrize(("y", "kind"), [([1, 2], "list"), (None, "NoneType")])
+def test_labels_are_an_array(y: object, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"y is a {kind}, expected a numpy array or a torch tensor of"):
+        as_source((np.eye(2), y))
+    with pytest.raises(TypeError, match="y is a list, expected a numpy array"):
+        counts(np.eye(2), [1, 2])
 
 
 def test_a_path_without_a_name_is_not_the_folder_one_is_in(

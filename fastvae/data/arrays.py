@@ -121,6 +121,14 @@ def source_from_arrays(
     return source
 
 
+def label_array(y: object) -> Array:
+    """Labels as a numpy array. Raises TypeError and DataError for anything but an array or a CPU tensor."""
+    if not isinstance(y, (np.ndarray, torch.Tensor)):
+        expected = "a numpy array or a torch tensor of integers; without labels, give x alone"
+        raise TypeError(f"y is a {type(y).__name__}, expected {expected}")
+    return array_of(y, "y")
+
+
 def array_of(data: object, name: str) -> Array:
     """A numpy array or CPU tensor as a numpy array. Raises TypeError and DataError for anything else."""
     if isinstance(data, np.ndarray):

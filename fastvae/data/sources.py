@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from .arrays import ArraySource, array_of, source_from_arrays
+from .arrays import ArraySource, array_of, label_array, source_from_arrays
 from .formats import EXTENSIONS, map_npy, opened, read_idx, read_member
 from .source import Array, DataError, Source
 from .sparse import csr_source, sparse_arrays
@@ -38,7 +38,7 @@ def as_source(data: SourceLike) -> Source:
         case str() | os.PathLike():
             return open_source(data)
         case tuple((x, y)):  # for an array is a sequence too, since NumPy 2.5
-            return _source_of(x, array_of(y, "y"), "x")
+            return _source_of(x, label_array(y), "x")
         case torch.utils.data.Dataset():
             from .torch_datasets import dataset_source
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from .. import _native
-from .arrays import ArraySource, array_of, labels_of, pieces
+from .arrays import ArraySource, array_of, label_array, labels_of, pieces
 from .mapped import in_memory, mapped_file
 from .source import Array, DataError, Source
 
@@ -91,7 +91,7 @@ def counts(
     """
     from .sources import as_source  # which opens sparse matrices too
 
-    labels = None if y is None else array_of(y, "y")
+    labels = None if y is None else label_array(y)
     if isinstance(x, np.ndarray) or (isinstance(x, torch.Tensor) and x.layout == torch.strided):
         source: Source = _from_dense(array_of(x, "x"), labels)
     else:
