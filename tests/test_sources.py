@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvae.data import DataError, as_source, counts, open_source, source_from_arrays
+from fastvae.data import DataError, DataLoader, as_source, counts, open_source, source_from_arrays
 from fastvae.data.formats import read_idx
 from fastvae.data.pack import pack
 
@@ -259,6 +259,14 @@ def test_labels_are_an_array(y: object, kind: str) -> None:
         as_source((np.eye(2), y))
     with pytest.raises(TypeError, match="y is a list, expected a numpy array"):
         counts(np.eye(2), [1, 2])
+
+
+def test_labels_lie_anywhere() -> None:
+    packed = np.zeros(1, [("image", "u1", (2, 3)), ("label", "i8")])
+    packed["label"] = 7
+    assert not packed["label"].flags.aligned
+    ((_, y),) = DataLoader((packed["image"], packed["label"]))
+    assert y.tolist() == [7]
 
 
 def test_a_path_without_a_name_is_not_the_folder_one_is_in(

@@ -208,7 +208,7 @@ def labels_of(y: Array, n_samples: int, name: str) -> npt.NDArray[np.int64]:
     y = in_memory(y, mapped_file(y))
     if y.dtype.kind == "u" and y.size and y.max() > np.iinfo(np.int64).max:
         raise DataError(f"{name}: label {y.max()}, expected one that fits into int64")
-    return np.ascontiguousarray(y, dtype=np.int64)
+    return np.require(y, np.int64, ["C", "A", "E"])
 
 
 def is_channels_last(shape: tuple[int, ...]) -> bool:
