@@ -280,6 +280,23 @@ def test_a_path_without_a_name_is_not_the_folder_one_is_in(
             read("")
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(3).to_sparse(),
+        torch.zeros(3).to(torch.float8_e5m2),
+        torch.zeros(3, dtype=torch.complex64).conj(),
+    ],
+    ids=["sparse", "float8", "conj"],
+)
+def test_tensors_that_are_no_arrays_are_refused(tensor: torch.Tensor) -> None:
+    with pytest.raises(DataError, match=r"y: a tensor of torch\.float|labels of dtype complex64"):
+        as_source((np.eye(3), tensor))
+    if not tensor.is_sparse:
+        with pytest.raises(DataError, match=r"source: a tensor of torch\.float8_e5m2|dtype complex64"):
+            as_source(tensor[:, None])
+
+
 def test_tensors_elsewhere_are_refused() -> None:
     with pytest.raises(DataError, match=r"a tensor on meta, expected one on the CPU; use source\.cpu\(\)"):
         as_source(torch.empty(3, 3, device="meta"))

@@ -140,8 +140,12 @@ def array_of(data: object, name: str) -> Array:
         raise TypeError(f"{name} is a {type(data).__name__}, expected {expected}")
     if data.device.type != "cpu":
         raise DataError(f"{name}: a tensor on {data.device}, expected one on the CPU; use {name}.cpu()")
-    data = data.detach().resolve_neg()
-    return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
+    data = data.detach().resolve_conj().resolve_neg()
+    try:
+        return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
+    except (TypeError, RuntimeError) as error:  # of types and layouts that NumPy does not have
+        got = f"a tensor of {data.dtype}, {data.layout}"
+        raise DataError(f"{name}: {got}, expected an array that NumPy has ({error})") from error
 
 
 def _usable(x: Array, name: str) -> Array:
