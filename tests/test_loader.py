@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +194,12 @@ def test_kept_batches_stay_intact(num_workers: int, rng: np.random.Generator) ->
             pass
         loader.set_epoch(epoch + 1)
         assert torch.equal(torch.cat(kept), truth[torch.from_numpy(_native.epoch_order(2000, 0, epoch))])
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_loader_is_not_copied(copied: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="a DataLoader has threads and is not pickled or copied"):
+        copied(DataLoader(numbered(10)))
 
 
 def test_a_view_keeps_its_batch() -> None:

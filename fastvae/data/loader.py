@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 from weakref import WeakSet
 
 import numpy as np
@@ -255,6 +255,10 @@ class DataLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __getstate__(self) -> NoReturn:
+        expected = "another made of the same arguments, which may load this one's state_dict()"
+        raise TypeError(f"a DataLoader has threads and is not pickled or copied, expected {expected}")
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Makes the next pass epoch `epoch`, at least 0; the one after it is epoch + 1.
