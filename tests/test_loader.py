@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,17 @@ def test_sources_of_every_kind_agree(tmp_path: Path, rng: np.random.Generator) -
         got = torch.cat(list(DataLoader(kind, 7)))
         assert got.shape == (30, 1, 5, 6)
         assert torch.equal(got, torch.from_numpy(x)[:, None].float() / 255)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_threads_share_a_pass(labelled: bool) -> None:
+    """Each batch comes to one of them."""
+    x, y = numbered(6000), np.arange(6000)
+    batches = iter(DataLoader((x, y) if labelled else x, 2, shuffle=True, num_workers=2))
+    with ThreadPoolExecutor(4) as pool:
+        read = [pool.submit(list, batches) for _ in range(4)]
+        got = [batch[0] if labelled else batch for part in read for batch in part.result()]
+    assert sorted(torch.cat(got)[:, 0].tolist()) == list(range(6000))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import starmap
 from typing import Any, NoReturn, TypeAlias
 from weakref import WeakSet
 
@@ -321,7 +322,7 @@ class DataLoader:
         tensor = _bfloat16 if self.dtype == torch.bfloat16 else torch.from_numpy
         made: Iterator[Batch]
         if self.has_labels:
-            made = ((tensor(x), torch.from_numpy(y)) for x, y in batches)
+            made = starmap(lambda x, y: (tensor(x), torch.from_numpy(y)), batches)  # which threads may share
         else:
             made = map(tensor, batches)
         return map(_pinned, made) if self._pins else made
