@@ -393,6 +393,7 @@ def test_whatever_reads_a_file_that_is_cut_says_so(tmp_path: Path) -> None:
                 lambda: mapped(x > 0.5),
                 lambda: mapped(np.asfortranarray(x)),
                 lambda: mapped(x)[::-2, ::-1],
+                lambda: torch.from_numpy(mapped(x.astype(np.float16))).view(torch.bfloat16),
                 lambda: (x, mapped(np.arange(900))[::3]),
                 lambda: csr_array((mapped(counted.data), counted.indices, counted.indptr)),
                 lambda: csr_array((counted.data, mapped(counted.indices), counted.indptr)),

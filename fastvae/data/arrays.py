@@ -142,10 +142,13 @@ def array_of(data: object, name: str) -> Array:
         raise DataError(f"{name}: a tensor on {data.device}, expected one on the CPU; use {name}.cpu()")
     data = data.detach().resolve_conj().resolve_neg()
     try:
-        return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
+        array: Array = (data.view(torch.int16) if data.dtype == torch.bfloat16 else data).numpy()
     except (TypeError, RuntimeError) as error:  # of types and layouts that NumPy does not have
         got = f"a tensor of {data.dtype}, {data.layout}"
         raise DataError(f"{name}: {got}, expected an array that NumPy has ({error})") from error
+    if data.dtype != torch.bfloat16:
+        return array
+    return torch.from_numpy(in_memory(array, mapped_file(array))).view(torch.bfloat16).float().numpy()
 
 
 def _usable(x: Array, name: str) -> Array:

@@ -180,6 +180,8 @@ def read_item(item: object, number: int, name: str) -> tuple[npt.NDArray[Any], i
             got += f" of {', '.join(type(part).__name__ for part in item)}"
         expected = "x or (x, y), x a tensor, an array or an image and y an integer"
         raise DataError(f"{name}: item {number} is {got}, expected {expected}")
+    if isinstance(x, Tensor) and x.dtype == torch.bfloat16:
+        x = x.float()
     array = array_of(x if isinstance(x, (Tensor, np.ndarray)) else np.asarray(x), f"{name}: item {number}")
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
