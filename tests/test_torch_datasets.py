@@ -225,8 +225,12 @@ def test_bad_datasets(x: torch.Tensor) -> None:
         DataLoader(Items(lambda i: x[i], 0))
     with pytest.raises(DataError, match="an empty Subset"):
         DataLoader(Subset(TensorDataset(x), []))
-    with pytest.raises(DataError, match="a Subset with index 23 of 23 samples"):
-        DataLoader(Subset(TensorDataset(x), [23]))
+    for index in (23, -24, 2**63):
+        with pytest.raises(DataError, match=f"a Subset with index {index} of 23 samples"):
+            DataLoader(Subset(TensorDataset(x), [index]))
+    for indices in ([1.7], [True, False], ["1"]):
+        with pytest.raises(DataError, match=r"a Subset with indices of .*, expected integers"):
+            DataLoader(Subset(TensorDataset(x), indices))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="transform is given for Items, expected it in the dataset itself"):
         DataLoader(Items(lambda i: x[i]), transform=Transform(hflip=True))
     with pytest.raises(ValueError, match=r"indices\[1\] is 23, expected 0 <= index < 23"):

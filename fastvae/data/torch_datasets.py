@@ -164,10 +164,13 @@ class DatasetSource(Source):
 
 
 def _indices(indices: Sequence[int], source: Source) -> npt.NDArray[np.int64]:
-    chosen = np.asarray(indices, np.int64).reshape(-1)
-    chosen = np.where(chosen < 0, chosen + source.n_samples, chosen)  # as Python's, which Subset uses
-    if chosen.size == 0:
+    given, n = np.asarray(indices).reshape(-1), source.n_samples
+    if given.size == 0:
         raise DataError(f"{source.name}: an empty Subset, expected at least one sample")
-    if not 0 <= chosen.min() <= chosen.max() < source.n_samples:
-        raise DataError(f"{source.name}: a Subset with index {chosen.max()} of {source.n_samples} samples")
-    return chosen
+    if given.dtype.kind not in "iu":
+        raise DataError(f"{source.name}: a Subset with indices of {given.dtype}, expected integers")
+    outside = (given < -n) | (given >= n)
+    if outside.any():
+        raise DataError(f"{source.name}: a Subset with index {given[outside][0]} of {n} samples")
+    chosen = given.astype(np.int64)
+    return np.where(chosen < 0, chosen + n, chosen)  # as Python's, which Subset uses
