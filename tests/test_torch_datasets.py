@@ -223,6 +223,8 @@ def test_bad_datasets(x: torch.Tensor) -> None:
         DataLoader(TensorDataset(x, Y.float()))
     with pytest.raises(DataError, match="empty, expected at least one item"):
         DataLoader(Items(lambda i: x[i], 0))
+    with pytest.raises(DataError, match="Stream: ended after 0 items, expected the 5 of its __len__"):
+        DataLoader(Stream(5, 0))
     with pytest.raises(DataError, match="an empty Subset"):
         DataLoader(Subset(TensorDataset(x), []))
     for index in (23, -24, 2**63):

@@ -112,7 +112,10 @@ class DatasetSource(Source):
             raise DataError(f"{self.name}: a dataset without length, expected {expected}") from error
         if self._n_samples < 1:
             raise DataError(f"{self.name}: empty, expected at least one item")
-        first = next(iter(cast(Any, dataset))) if self.iterable else cast(Any, dataset)[0]
+        first = next(iter(cast(Any, dataset)), self) if self.iterable else cast(Any, dataset)[0]
+        if first is self:
+            expected = f"expected the {self._n_samples} of its __len__"
+            raise DataError(f"{self.name}: ended after 0 items, {expected}")
         x, label = read_item(first, 0, self.name)
         self._item_shape, self._dtype, self._labelled = x.shape, x.dtype, label is not None
 
