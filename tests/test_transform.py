@@ -316,6 +316,12 @@ PICTURES = np.zeros((4, 6, 7), np.uint8)
             "crop is 6 x 8, expected at most 6 x 7",
         ),
         (PICTURES, {"transform": Transform(crop=(9, 7), padding=1)}, ValueError, "expected at most 8 x 9"),
+        (
+            PICTURES,
+            {"transform": Transform(crop=(2**20, 2**20), padding=2**20)},
+            DataError,
+            r"a batch of 2 samples \[1, 1048576, 1048576\] takes 8796093022208 bytes, more than",
+        ),
         (FLOATS, {"transform": Transform(binarize=True)}, DataError, "binarize of values from 1.5 to 1.5"),
         (
             FLAT,

@@ -80,11 +80,14 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
-def check_memory(source: Source, batch_size: int) -> None:
+def check_memory(source: Source, transform: Transform | None, batch_size: int) -> None:
     """Batches that can never be made would be found out late, or by the system, which ends the process."""
-    needed, free = batch_size * math.prod(source.item_shape) * 4, available_memory()
+    shape = source.item_shape
+    if transform is not None and transform.crop is not None:
+        shape = (*shape[:-2], *transform.crop)
+    needed, free = batch_size * math.prod(shape) * 4, available_memory()
     if needed > free:
-        got = f"a batch of {batch_size} samples {list(source.item_shape)} takes {needed} bytes"
+        got = f"a batch of {batch_size} samples {list(shape)} takes {needed} bytes"
         raise DataError(f"{source.name}: {got}, more than the {free} that are free; use a smaller batch_size")
 
 

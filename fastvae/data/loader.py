@@ -115,7 +115,7 @@ class DataLoader:
         self._window_is_given = window is not None
         self.window = self._window(window)
         self._indices = chosen
-        arguments.check_memory(self._source, min(self.batch_size, self._n_samples))
+        arguments.check_memory(self._source, transform, min(self.batch_size, self._n_samples))
         self._maker: Any = None  # of the passes: a native loader, or DevicePasses
         self._make()
 
