@@ -346,7 +346,9 @@ def test_what_does_not_fit_the_data(data: np.ndarray, options: dict, error: type
         ({"crop": (4, 4, 4)}, TypeError, "expected"),
         ({"crop_at": "middle"}, ValueError, "crop_at is 'middle', expected 'random' or 'center'"),
         ({"padding": -1}, ValueError, "padding is -1, expected at least 0"),
-        ({"padding": 0.5}, TypeError, "float"),
+        ({"padding": 0.5}, TypeError, "padding is 0.5, expected an integer"),
+        ({"scale": "2"}, TypeError, "scale is '2', expected a number"),
+        ({"shift": None}, TypeError, "shift is None, expected a number"),
         ({"binarize": True, "scale": 2.0}, ValueError, "binarize is given with scale 2.0 and shift 0.0"),
     ],
 )

@@ -42,16 +42,23 @@ class Transform:
     fixed: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("scale", "shift"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
+        for name, value in (("scale", 1.0 if self.scale is None else self.scale), ("shift", self.shift)):
+            try:
+                finite = math.isfinite(value)
+            except TypeError as error:
+                raise TypeError(f"{name} is {value!r}, expected a number") from error
+            if not finite:
                 raise ValueError(f"{name} is {value}, expected a finite number")
         if self.crop is not None:
             object.__setattr__(self, "crop", _size(self.crop))
         if self.crop_at not in ("random", "center"):
             raise ValueError(f"crop_at is {self.crop_at!r}, expected 'random' or 'center'")
-        if operator.index(self.padding) < 0:
-            raise ValueError(f"padding is {self.padding}, expected at least 0")
+        try:
+            padding = operator.index(self.padding)
+        except TypeError as error:
+            raise TypeError(f"padding is {self.padding!r}, expected an integer") from error
+        if padding < 0:
+            raise ValueError(f"padding is {padding}, expected at least 0")
         if self.binarize and self.is_scaled:
             got = f"scale {self.scale} and shift {self.shift}"
             raise ValueError(f"binarize is given with {got}, expected 0 and 1 as they are")
