@@ -130,6 +130,7 @@ def test_items_come_as_those_of_arrays(
 def test_kinds_of_items(x: torch.Tensor, make: Callable[[torch.Tensor], Any]) -> None:
     loader = DataLoader(Items(lambda i: make(x[i])), 5)
     batches = [batch[0] if isinstance(batch, tuple) else batch for batch in loader]
+    assert all(batch.is_contiguous() for batch in batches)
     got = torch.cat(batches)
     assert got.dtype == torch.float32
     assert got.shape[1:] == loader.item_shape

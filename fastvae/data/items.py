@@ -133,7 +133,9 @@ class ItemLoader:
                 expected = f"{source.dtype} of shape {list(source.item_shape)}"
                 expected += " with a label" if source.has_labels else ""
                 raise DataError(f"{source.name}: item {number} is {got}, expected {expected}, as item 0")
-        x = np.stack([x for _, x, _ in pairs]) if pairs else np.empty((0, *source.item_shape), source.dtype)
+        x = np.empty((len(pairs), *source.item_shape), source.dtype)  # of images [H, W, C] too
+        for i, (_, item, _) in enumerate(pairs):
+            x[i] = item
         if x.dtype != np.uint8 and not np.isfinite(x.sum(dtype=np.float64)):
             for number, item, _ in pairs:
                 if not np.isfinite(item).all():
