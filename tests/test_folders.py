@@ -220,6 +220,11 @@ def circular(folder: Path) -> None:
     (folder / "in" / "loop").symlink_to(folder)
 
 
+def endless(folder: Path) -> None:
+    save(np.zeros((4, 4), np.uint8), folder / "a.png")
+    (folder / "loop").symlink_to("loop")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -234,6 +239,7 @@ def circular(folder: Path) -> None:
         (bitmaps, r"without PNG, JPEG or WebP images and without train-images.*; there are 3 .bmp"),
         (unreadable, r"none of its 1 images can be used; a.png: not a PNG, JPEG or WebP image"),
         (circular, r"a link to a folder that it lies in"),
+        (endless, r"set/loop: Too many levels of symbolic links"),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:

@@ -84,9 +84,9 @@ def image_files(folder: Path) -> Iterator[ImageFile]:
                     state = entry.stat()
                     top = below.split("/", 1)[0]
                     yield ImageFile(below + entry.name, top, state.st_size, state.st_mtime_ns)
+            inner = [f"{below}{entry.name}/" for entry in reversed(visible) if entry.is_dir()]
         except OSError as error:
             raise DataError(f"{error.filename or here}: {error.strerror}") from error
-        inner = (f"{below}{entry.name}/" for entry in reversed(visible) if entry.is_dir())
         ahead += [(name, (*above, identity)) for name in inner]
 
 
