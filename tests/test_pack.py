@@ -484,6 +484,18 @@ def test_a_full_disk(rng: np.random.Generator, tmp_path: Path, monkeypatch: pyte
     assert np.array_equal(np.load(tmp_path / "p.npy"), x)
 
 
+def test_a_disk_that_is_full_at_the_end(tmp_path: Path) -> None:
+    x, y = np.zeros((200, 2), np.uint8), np.full(200, 2**62)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # of which the labels take more
+        with pytest.raises(DataError, match=r"p\.npy: File too large, after 200 of 200 samples; .*keeps"):
+            pack((x, y), tmp_path / "p.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert pack((x, y), tmp_path / "p.npy").labels == tuple(y)
+
+
 def test_a_disk_that_will_be_full(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = (10**9, 10**9, 1000)
     monkeypatch.setattr(partial.shutil, "disk_usage", lambda path: type("Usage", (), {"free": usage[2]}))

@@ -87,10 +87,7 @@ def _pack(feed: Feed, partial: Partial, size: int | None, on_error: OnError, rep
         partial.save(state)
     except OSError as error:
         partial.save_if_possible(state)
-        raise DataError(
-            f"{partial.dst}: {error.strerror or error}, after {state.rows:,} of {n:,} samples; "
-            f"{partial.folder} keeps them, and the same command goes on from there"
-        ) from error
+        raise _stopped(partial, state, n, error) from error
     except BaseException:
         partial.save_if_possible(state)
         raise
@@ -113,7 +110,17 @@ def _pack(feed: Feed, partial: Partial, size: int | None, on_error: OnError, rep
         bytes=0,
         sha256="",
     )
-    return partial.finish(packed, report)
+    try:
+        return partial.finish(packed, report)
+    except OSError as error:
+        raise _stopped(partial, state, n, error) from error
+
+
+def _stopped(partial: Partial, state: State, n: int, error: OSError) -> DataError:
+    return DataError(
+        f"{partial.dst}: {error.strerror or error}, after {state.rows:,} of {n:,} samples; "
+        f"{partial.folder} keeps them, and the same command goes on from there"
+    )
 
 
 def _text(name: str) -> str:
