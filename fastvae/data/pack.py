@@ -138,5 +138,5 @@ def _check_arguments(
     if channels not in (None, 1, 3):
         raise DataError(f"channels is {channels}, expected 1 or 3")
     for name, number, most in (("size", size, _LARGEST_SIZE), ("workers", workers, _MOST_WORKERS)):
-        if number is not None and not 1 <= number <= most:
-            raise DataError(f"{name} is {number}, expected 1 to {most}")
+        if number is not None and not (isinstance(number, int) and 1 <= number <= most):
+            raise DataError(f"{name} is {number!r}, expected an integer from 1 to {most}")
