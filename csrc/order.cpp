@@ -15,6 +15,8 @@ constexpr std::uint64_t kWindows = 2;
 constexpr std::uint64_t kStart = 3;
 
 constexpr std::size_t kTogether = 256;
+// Of three bits, half of which are one, eight rounds make some orders three times as often as others.
+constexpr int kLeastBits = 6;
 
 // After the finalizer of MurmurHash3: 32 bits wide, so that a vector holds many.
 [[gnu::always_inline]] inline std::uint32_t round_function(std::uint32_t half, std::uint32_t key) {
@@ -26,7 +28,7 @@ constexpr std::size_t kTogether = 256;
 }  // namespace
 
 Permutation::Permutation(std::int64_t n, std::uint64_t key) : n_(static_cast<std::uint64_t>(n)) {
-    const int bits = n > 1 ? std::bit_width(n_ - 1) : 0;
+    const int bits = n > 1 ? std::max<int>(kLeastBits, std::bit_width(n_ - 1)) : 0;
     high_bits_ = bits / 2;
     low_bits_ = bits - high_bits_;
     for (std::size_t r = 0; r < kRounds; ++r) {

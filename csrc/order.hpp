@@ -8,7 +8,7 @@
 namespace fastvae {
 
 // A permutation of [0, n) by a key, computed for any position by itself: a keyed Feistel network over the
-// smallest power of two that holds n, walked along its cycle until it lands inside (Black and Rogaway 2002).
+// smallest power of two from 64 on that holds n, walked along its cycle until it lands inside (Black and Rogaway 2002).
 class Permutation {
 public:
     Permutation() = default;

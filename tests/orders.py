@@ -28,7 +28,7 @@ def round_function(half: int, key: int) -> int:
 
 def permuted(n: int, key: int) -> list[int]:
     """The permutation of a key."""
-    bits = (n - 1).bit_length() if n > 1 else 0
+    bits = max(6, (n - 1).bit_length())
     high_bits, low_bits = bits // 2, bits - bits // 2
     keys = [mix((key + (r + 1) * GOLDEN) & MASK64) >> 32 for r in range(8)]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +55,15 @@ def test_each_position_gets_every_sample_equally_often(n: int) -> None:
         chi_square = float(np.sum((counts - epochs / n) ** 2) / (epochs / n))
         degrees = n - 1
         assert chi_square < degrees + 5 * np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_each_order_of_few_samples_comes_equally_often(n: int) -> None:
+    epochs, orders = 12000, math.factorial(n)
+    counts = Counter(tuple(_native.epoch_order(n, 7, epoch)) for epoch in range(epochs))
+    assert len(counts) == orders
+    chi_square = sum((count - epochs / orders) ** 2 for count in counts.values()) / (epochs / orders)
+    assert chi_square < orders - 1 + 5 * np.sqrt(2 * (orders - 1))
 
 
 def test_order_is_uncorrelated() -> None:
