@@ -187,10 +187,10 @@ void SparseRows::sums(double* out) const {
     with_types(csr_, [&](auto value, auto index) {
         const Arrays<typename decltype(value)::type, typename decltype(index)::type> arrays(csr_);
         for (std::int64_t r = 0; r < csr_.n_rows; ++r) {
+            const std::int64_t begin = arrays.starts[r], end = arrays.starts[r + 1];
+            if (begin < 0 || end > csr_.n_values) throw ChangedError();
             double sum = 0.0;
-            for (std::int64_t k = arrays.starts[r]; k < arrays.starts[r + 1]; ++k) {
-                sum += static_cast<double>(arrays.values[k]);
-            }
+            for (std::int64_t k = begin; k < end; ++k) sum += static_cast<double>(arrays.values[k]);
             out[r] = sum;
         }
     });

@@ -302,10 +302,12 @@ def test_a_matrix_that_changes_under_the_loader_is_no_danger(rng: np.random.Gene
     for part in ("indices", "indptr"):
         for value in (-1, 2**31 - 1, 83):
             x = matrix(rng)
-            loader = DataLoader(x, 57, num_workers=1)
+            loader, source = DataLoader(x, 57, num_workers=1), counts(x, normalize=10.0)
             getattr(x, part)[-1] = value
             with pytest.raises(RuntimeError, match="has changed since it was handed over"):
                 list(loader)
+            with pytest.raises(RuntimeError, match="has changed since it was handed over"):
+                list(DataLoader(source, 57))  # which sums its rows
 
 
 def test_memory_is_that_of_the_counts() -> None:
