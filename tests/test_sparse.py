@@ -85,13 +85,14 @@ def test_columns_may_be_in_any_order(rng: np.random.Generator) -> None:
     assert np.array_equal(batch_of(x), x.toarray())
 
 
-@pytest.mark.parametrize("kind", [sp.csr_matrix, sp.csr_array, "torch", "dense", "dense tensor"])
+@pytest.mark.parametrize("kind", [sp.csr_matrix, sp.csr_array, "torch", "bfloat16", "dense", "dense tensor"])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_what_counts_takes(rng: np.random.Generator, kind: object, labelled: bool) -> None:
     dense = matrix(rng).toarray()
     kinds = {
         "torch": lambda a: torch.from_numpy(a).to_sparse_csr(),
+        "bfloat16": lambda a: torch.from_numpy(a).bfloat16().to_sparse_csr(),
         "dense": lambda a: a,
         "dense tensor": torch.from_numpy,
     }

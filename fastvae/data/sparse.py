@@ -157,7 +157,7 @@ def sparse_arrays(x: object, name: str) -> tuple[Array, Array, Array, tuple[int,
                 f"{name}: {got}, expected sparse_csr [N, D] on the CPU; use {name}.to_sparse_csr()"
             )
         parts = (x.values(), x.col_indices(), x.crow_indices())
-        data, indices, indptr = (part.detach().numpy() for part in parts)
+        data, indices, indptr = (array_of(part, name) for part in parts)
         return data, indices, indptr, (x.shape[0], x.shape[1])
     scipy_sparse = sys.modules.get("scipy.sparse")
     if scipy_sparse is None or not scipy_sparse.issparse(x):
