@@ -99,6 +99,18 @@ def test_reconstructions_are_of_the_first_validation_data_by_the_weights_of_then
         np.testing.assert_allclose(shown / 255, centres, atol=0.51 / 255)
 
 
+def test_a_run_that_ends_after_a_checkpoint_has_the_pictures_before_it(x, tmp_path) -> None:
+    class Broken(fastvae.Callback):
+        def on_epoch(self, row):
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        make(x, Broken(), image_epochs=1, out=str(tmp_path)).fit()
+    make(x, image_epochs=1, out=str(tmp_path), resume=True).fit()
+    names = [f"{kind}-000{epoch}.png" for kind in ("reconstructions", "samples") for epoch in (1, 2, 3, 4)]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == names
+
+
 def test_no_pictures_unless_asked_for(x, tmp_path) -> None:
     gallery = Gallery()
     make(x, gallery, out=str(tmp_path)).fit()

@@ -253,13 +253,14 @@ class Trainer:
                     }
                     images = self._images.draw(self.model, progress.epoch)
                     self._end_epoch(progress, row, best_weights, keeper)
+                if images and self.ranks.is_first:  # before the checkpoint, or nobody draws them again
+                    self._images.write(row["epoch"], images)
                 if self.folder is not None:
                     progress.wall_seconds = time.perf_counter() - began
                     self._save(keeper, step, progress, best_weights)
                 telemetry.epoch(row)
                 self._callbacks.on_epoch(row)
-                if images and self.ranks.is_first:
-                    self._images.write(row["epoch"], images)
+                if images:
                     self._callbacks.on_images(row["step"], images)
                 warning = watch.update(row)
                 if warning is not None:
