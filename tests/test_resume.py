@@ -216,6 +216,33 @@ def test_other_data_and_another_model_are_refused(data, tmp_path) -> None:
             ).fit()
 
 
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        ("an average", r"optimizer.average.0: got none, expected \[\d+\]"),
+        ("a frozen weight", r"optimizer.mean: got \[\d+\], expected \[\d+\]"),
+        ("no variance", r"log_variance: got \[\], expected none"),
+    ],
+)
+def test_other_options_are_refused(data, tmp_path, case: str, what: str) -> None:
+    """Those without which a training cannot go on."""
+
+    def train(resume: bool) -> None:
+        torch.manual_seed(1)
+        model, options, variance = VAE.mlp((12,), (8,), 3), {}, torch.nn.Parameter(torch.zeros(()))
+        if resume and case == "an average":
+            options = {"ema_decay": 0.9}
+        elif resume and case == "a frozen weight":
+            model.encoder.layers[0].weight.requires_grad_(False)
+        loss = ELBOLoss("gaussian", log_variance=0.0 if resume and case == "no variance" else variance)
+        config = TrainConfig(out=str(tmp_path), epochs=2 if resume else 1, device="cpu", **options)
+        Trainer(model, DataLoader(data[:150], 16), loss=loss, config=config, resume=resume).fit()
+
+    train(resume=False)
+    with pytest.raises(CheckpointError, match=f"another loss or other options: {what}$"):
+        train(resume=True)
+
+
 def test_a_checkpoint_without_the_loader_s_state_is_resumed(data, tmp_path, monkeypatch) -> None:
     """As older versions have left them."""
     whole = fit(data, tmp_path / "whole", epochs=2)

@@ -117,12 +117,13 @@ def training_tensors(model: Model, loss: ELBOLoss, step: TrainStep) -> dict[str,
 def load_training_tensors(
     tensors: Mapping[str, Tensor], model: Model, loss: ELBOLoss, step: TrainStep
 ) -> None:
-    """Put back what `training_tensors` gave. Raises CheckpointError for tensors of another model."""
+    """Put back what `training_tensors` gave. Raises CheckpointError for those of another model or options."""
     device = next(model.parameters()).device
     try:
         model.load_state_dict(without_prefix("model", tensors))
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint is of another model: {error}") from error
+    _check_alike(tensors, training_tensors(model, loss, step))
     others = _other_buffers(model)
     with torch.no_grad():
         for name, value in without_prefix("buffer", tensors).items():
@@ -134,6 +135,23 @@ def load_training_tensors(
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and device.type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"], device)
+
+
+def _check_alike(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a training that has its `own` tensors cannot go on from these."""
+    for name in sorted(tensors.keys() | own.keys()):
+        kind, _, what = name.partition("/")
+        got, expected = (list(t[name].shape) if name in t else "none" for t in (tensors, own))
+        if name in tensors and name in own:
+            is_alike = got == expected
+        elif kind == "step":  # an extra loss may be new, and averages may end
+            is_alike = name in tensors or what.startswith("extra.")
+        else:
+            is_alike = kind not in ("buffer", "loss") or name in own
+        if not is_alike:
+            raise CheckpointError(
+                f"the checkpoint is of another loss or other options: {what}: got {got}, expected {expected}"
+            )
 
 
 def _other_buffers(model: Model) -> dict[str, Tensor]:
