@@ -140,6 +140,38 @@ def test_activations_computed_again_are_the_same(make, amp_dtype: torch.dtype, m
             assert last.calls == calls
 
 
+class Counting(nn.Module):
+    """With running statistics, of torch's and of its own, which one pass reads and replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(12, 6, bias=False), nn.BatchNorm1d(6))
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.passes = self.passes + 1
+        mu, logvar = (self.layers(x) * self.passes).chunk(2, 1)
+        return mu, logvar
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_buffers_are_written_once_where_activations_are_computed_again(parts: int) -> None:
+    x = torch.rand(20, 12)
+    (plain, terms), (again, its_terms) = (
+        trained(
+            lambda: VAE(Counting(), nn.Sequential(nn.Linear(3, 12), nn.BatchNorm1d(12))),
+            x,
+            checkpoint_activations=on,
+            accumulate=parts,
+        )
+        for on in (False, True)
+    )
+    assert its_terms == pytest.approx(terms, rel=1e-5)
+    assert again.encoder.passes == STEPS * parts
+    for (name, a), b in zip(again.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 def test_activations_are_not_kept() -> None:
     """What autograd keeps between forward and backward: the input, the latents and what the loss needs."""
 

@@ -17,6 +17,7 @@ from ..models.model import ModelError, check_batch
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.library import random_bits
 from ..ops.reference import clamp_logvar
+from .buffers import computed_again
 from .distributed import Share
 from .extra import ExtraLoss
 from .gradient_sum import part_of, parts
@@ -186,7 +187,9 @@ class Backward:
 
     def _run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Encoder or decoder."""
-        return checkpoint(part, x, use_reentrant=False) if self.checkpoint_activations else part(x)
+        if not self.checkpoint_activations:
+            return part(x)
+        return checkpoint(part, x, use_reentrant=False, context_fn=partial(computed_again, self.model))
 
     def _terms_and_gradients(self, x: Tensor, share: Share) -> tuple[Tensor | None, ...]:
         part, kl_part = parts(self.loss.spec, share)

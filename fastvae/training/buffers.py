@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -62,3 +65,29 @@ class Buffers:
     def _put_back(self, i: int) -> None:
         buffers, name = self._places[i]
         buffers[name] = self._own[i]
+
+
+def computed_again(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For a part of a forward pass, and for the same again: that finds the buffers as this one has.
+
+    What it does to them is dropped, so that running statistics move once a step.
+    """
+    modules = [module for module in model.modules() if module._buffers]
+    copies = {id(b): b.clone() for b in model.buffers()}
+    before = [
+        {name: None if b is None else copies[id(b)] for name, b in module._buffers.items()}
+        for module in modules
+    ]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        own = [dict(module._buffers) for module in modules]
+        for module, buffers in zip(modules, before, strict=True):
+            module._buffers.update(buffers)
+        try:
+            yield
+        finally:
+            for module, buffers in zip(modules, own, strict=True):
+                module._buffers.update(buffers)
+
+    return nullcontext(), again()
