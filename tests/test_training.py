@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import fastvae
 from fastvae import VAE, DataLoader, ELBOLoss
 from fastvae.inference.evaluate import evaluate, negative_elbo
+from fastvae.models.model import ModelError
 from fastvae.training import device as device_module
 from fastvae.training.adam import LOG_VARIANCE_LR_FACTOR
 from fastvae.training.backward import Backward
@@ -153,6 +154,18 @@ def test_an_earlier_run_is_replaced_and_other_files_stay(data, tmp_path):
     _fit(data, out=str(tmp_path), overwrite=True, epochs=1)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+@pytest.mark.parametrize("architecture", ["mlp", "conv"])
+def test_items_that_the_model_is_not_made_for_are_refused(tmp_path, architecture, name):
+    """Before an earlier run is replaced."""
+    model = VAE.mlp((1, 8, 8), (4,), 2) if architecture == "mlp" else VAE.conv((1, 8, 8), 2)
+    loaders = {"train": (1, 8, 8), "val": (1, 8, 8)} | {name: (3, 8, 8)}
+    train, val = (DataLoader(torch.rand(4, *shape), 2) for shape in loaders.values())
+    message = f"model: got a VAE for items of 1 x 8 x 8, expected 3 x 8 x 8, the items of {name}"
+    with pytest.raises(ModelError, match=message):
+        Trainer(model, train, val, config=TrainConfig(device="cpu", out=str(tmp_path)))
 
 
 def test_small_data_get_more_epochs_by_default(data):

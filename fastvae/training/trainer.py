@@ -18,7 +18,7 @@ from ..data import DataLoader
 from ..inference.evaluate import negative_elbo
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
-from ..models.model import check_parameters
+from ..models.model import ModelError, check_parameters
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
 from .checkpoint import checkpoint_path, checkpoints, load_newest_checkpoint
@@ -74,7 +74,7 @@ class Trainer:
 
     Moves the model to the chosen device. Raises ConfigError for a device or a package that is absent, a
     folder that may not be written or an option that does not go with model or data, ValueError for no
-    training data, ModelError for a model without encode and decode or with nothing to train.
+    training data, ModelError for a model without encode and decode, with nothing to train or for other items.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class Trainer:
         self.amp_dtype, self.amp_reason = choose_amp_dtype(self.device, config.amp)
         self.model = as_model(model)
         check_parameters(model)
+        _check_items(model, train=train, val=val)
         self.model.to(self.device)
         if loss is None:
             loss = negative_elbo(
@@ -409,3 +410,16 @@ def _length(train: Batches) -> int:
     except TypeError as error:
         got = f"a {type(train).__name__} without a length ({error})"
         raise ValueError(f"train: got {got}, expected batches whose number is known") from error
+
+
+def _check_items(model: nn.Module, **loaders: Batches | None) -> None:
+    """Raise ModelError for a model that is made for other items than a loader has, where both say which."""
+    config = model.config if isinstance(model, VAE) else None
+    for name, loader in loaders.items():
+        if config is None or not isinstance(loader, DataLoader):
+            continue
+        got, expected = loader.item_shape, tuple(config["item_shape"])
+        is_conv = config["architecture"] == "conv"  # an mlp takes any shape
+        if math.prod(got) != math.prod(expected) or (is_conv and got != expected):
+            items, its = (" x ".join(map(str, shape)) for shape in (got, expected))
+            raise ModelError(f"model: got a VAE for items of {its}, expected {items}, the items of {name}")
