@@ -296,6 +296,17 @@ def _on_meta():
         return Net()
 
 
+def _having(make):
+    """A class like Net with a buffer `noise`."""
+
+    class Noisy(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("noise", make(), persistent=False)
+
+    return Noisy()
+
+
 WRONG = {
     "nothing": (lambda: nn.Linear(1, 1), "got Linear without encode and decode, expected an nn.Module with"),
     "no decode": (lambda: _with(decode=None), "got Other without decode"),
@@ -309,6 +320,26 @@ WRONG = {
     ),
     "sparse": (_sparse, "got Net with sparse gradients of classes, expected sparse=False there"),
     "meta": (_on_meta, "got Net on the meta device, expected weights"),
+    "buffer on meta": (
+        lambda: _having(lambda: torch.zeros(3, device="meta")),
+        "got Noisy on the meta device, expected weights",
+    ),
+    "complex128": (
+        lambda: _having(lambda: torch.zeros(3, dtype=torch.complex128)),
+        "got Noisy with noise of torch.complex128, torch.strided, expected a dense tensor of a dtype that",
+    ),
+    "sparse buffer": (
+        lambda: _having(lambda: torch.eye(3).to_sparse()),
+        "got Noisy with noise of torch.float32, torch.sparse_coo, expected a dense tensor",
+    ),
+    "expanded": (
+        lambda: _having(lambda: torch.ones(1, 3).expand(5, 3)),
+        "got Noisy with noise, an expanded tensor, expected memory for each element, as clone() gives it",
+    ),
+    "inference": (
+        torch.inference_mode()(lambda: Net()),
+        "got Net with encoder.0.weight from inference_mode, expected it made outside of it",
+    ),
     "extra state": (
         lambda: _with(get_extra_state=lambda self: {"a": 1}),
         "got Other with a dict as _extra_state, expected get_extra_state to give a tensor",
@@ -352,6 +383,13 @@ def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_written(ca
         _fit(make(), data, out=str(tmp_path))
     assert str(error.value).startswith(f"model: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.zeros(3, dtype=torch.complex128), lambda: torch.eye(3).to_sparse()]
+)
+def test_buffers_that_files_cannot_hold_do_without_a_folder(data, make):
+    _fit(_having(make), data, epochs=1)
 
 
 def test_images_in_another_order_are_refused():

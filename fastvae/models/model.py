@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -47,15 +48,18 @@ def as_model(module: nn.Module) -> Model:
     return cast(Model, module)
 
 
-def check_parameters(model: nn.Module) -> None:
-    """Raise ModelError unless there is something to train, in float32 and with dense gradients."""
+def check_parameters(model: nn.Module, are_written: bool = True) -> None:
+    """Raise ModelError unless there is something to train, in float32 and with dense gradients.
+
+    are_written: to files too, with the buffers, which are to be of a kind that these can hold.
+    """
     name = type(model).__name__
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ModelError(
             f"model: got {name} with nothing to train, expected parameters that require gradients"
         )
-    if any(p.is_meta for p in model.parameters()):
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise ModelError(f"model: got {name} on the meta device, expected weights; see nn.Module.to_empty")
     if any(is_lazy(p) for p in trained):
         raise ModelError(f"model: got {name} with lazy parameters; encode and decode one batch with it first")
@@ -67,6 +71,20 @@ def check_parameters(model: nn.Module) -> None:
             got = f"{name} with {_described(value)} as {key}"
             raise ModelError(
                 f"model: got {got}, expected get_extra_state to give a tensor, which checkpoints hold"
+            )
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ModelError(
+                f"model: got {name} with {key} from inference_mode, expected it made outside of it"
+            )
+        is_dense = tensor.layout == torch.strided
+        if is_dense and not tensor.requires_grad and tensor.numel() > 1 and 0 in _strides(tensor):
+            got = f"{name} with {key}, an expanded tensor"
+            raise ModelError(f"model: got {got}, expected memory for each element, as clone() gives it")
+        if are_written and not (is_dense and _is_of_safetensors(tensor.dtype)):
+            got = f"{name} with {key} of {tensor.dtype}, {tensor.layout}"
+            raise ModelError(
+                f"model: got {got}, expected a dense tensor of a dtype that safetensors can hold"
             )
     places: dict[int, str] = {}
     for weight, p in model.named_parameters():
@@ -80,6 +98,19 @@ def check_parameters(model: nn.Module) -> None:
         if is_embedding and module.sparse and module.weight.requires_grad:
             got = f"{name} with sparse gradients of {layer}"
             raise ModelError(f"model: got {got}, expected sparse=False there")
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Those that lead from one element to another."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def _is_of_safetensors(dtype: torch.dtype) -> bool:
+    try:
+        safetensors.torch.save({"": torch.empty(0, dtype=dtype, device="cpu")})
+    except KeyError:
+        return False
+    return True
 
 
 def check_batch(model: Model, x: Tensor) -> tuple[int, ...]:

@@ -123,7 +123,7 @@ class Trainer:
         check_devices(self.ranks, self.device)
         self.amp_dtype, self.amp_reason = choose_amp_dtype(self.device, config.amp)
         self.model = as_model(model)
-        check_parameters(model)
+        check_parameters(model, are_written=folder is not None)
         _check_items(model, train=train, val=val)
         self.model.to(self.device)
         if loss is None:
