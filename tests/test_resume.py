@@ -273,6 +273,20 @@ def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(data, tmp_path) ->
     assert_same(fit(data, tmp_path / "cut", resume=True).model, fit(data, tmp_path / "all").model)
 
 
+def test_a_full_disk_leaves_the_options_and_the_metrics(data, tmp_path) -> None:
+    """Where a resumed run writes them again."""
+    fit(data, tmp_path, epochs=2)
+    kept = [(tmp_path / name).read_bytes() for name in ("train.toml", "metrics.jsonl")]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            fit(data, tmp_path, epochs=3, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [(tmp_path / name).read_bytes() for name in ("train.toml", "metrics.jsonl")] == kept
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder with room for the files of a run and for its first checkpoint, but not for two of them."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.files import CONFIG_NAME, WEIGHTS_NAME, save_weights, write_json
+from ..models.files import CONFIG_NAME, WEIGHTS_NAME, replacing, save_weights, write_json
 from .checkpoint import CheckpointWriter
 from .config import TrainConfig
 from .launch import note_begun
@@ -60,8 +60,10 @@ class RunKeeper:
             return
         # without where it lies: as --config it begins a run of its own, and the folder can be moved
         options = self._config.replace(out=None, overwrite=False)
-        (self._folder / OPTIONS_NAME).write_text(options.to_toml())
-        (self._folder / METRICS_NAME).write_text("".join(map(_line, history)))
+        # all or nothing: without the options that it had, a run cannot be resumed
+        for name, text in ((OPTIONS_NAME, options.to_toml()), (METRICS_NAME, "".join(map(_line, history)))):
+            with replacing(self._folder / name) as temporary:
+                temporary.write_text(text)
         self._writer = CheckpointWriter(self._folder)
 
     def epoch(self, row: Row, weights: Mapping[str, Tensor], best: Mapping[str, Tensor] | None) -> None:
