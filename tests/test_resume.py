@@ -357,6 +357,24 @@ def test_the_writer_copies_before_it_returns(tmp_path) -> None:
     assert load_checkpoint(third).tensors["w"].equal(torch.ones(50, 20))
 
 
+def test_the_history_is_encoded_once(tmp_path) -> None:
+    class Row(dict):
+        asked = 0
+
+        def items(self):
+            self.asked += 1
+            return super().items()
+
+    history = []
+    with CheckpointWriter(tmp_path) as writer:
+        for epoch in range(1, 4):
+            history.append(Row(epoch=epoch, kl_by_latent=[0.5, epoch]))
+            path = writer.save(epoch, {}, {"history": history, "epoch": epoch})
+            writer.wait()
+            assert load_checkpoint(path).state == {"history": history, "epoch": epoch}
+    assert [row.asked for row in history] == [1, 1, 1]
+
+
 def test_the_writer_copies_to_the_cpu_whatever_is_torchs_default_device(tmp_path) -> None:
     weights = torch.ones(3)
     with torch.device("meta"), CheckpointWriter(tmp_path) as writer:
