@@ -149,6 +149,23 @@ class Mean(Net):
         return mu - self.mean, logvar
 
 
+def test_a_part_that_on_start_puts_into_eval_mode_stays_there(data: Tensor) -> None:
+    """As does batch normalisation by the statistics of earlier data; and `fit` gives each its mode back."""
+
+    class Fixes(Callback):
+        def on_start(self, trainer: Trainer, step: int) -> None:
+            trainer.model.encoder[0].eval()
+
+    model = Net()
+    model.encoder = nn.Sequential(nn.BatchNorm1d(12), nn.Linear(12, 6), nn.BatchNorm1d(6))
+    model.decoder.eval()
+    train, val = DataLoader(data, 16), DataLoader(data, 50)
+    Trainer(model, train, val, config=TrainConfig(epochs=3, device="cpu"), callbacks=[Fixes()]).fit()
+    assert model.encoder[0].num_batches_tracked == 0
+    assert model.encoder[2].num_batches_tracked > 0
+    assert {name for name, module in model.named_modules() if not module.training} == {"decoder"}
+
+
 def test_buffers_that_are_replaced_are_put_back_too(data: Tensor) -> None:
     data[17, 3] = 1e30
     options = {"non_finite": "skip", "max_skipped_steps": 2}

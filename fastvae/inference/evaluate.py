@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data import DataLoader
 from ..loss import ELBOLoss
-from ..models.model import as_model, likelihood_of, log_variance_of
+from ..models.model import as_model, evaluating, likelihood_of, log_variance_of
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.reference import clamp_logvar
 from ..ops.types import FreeBitsForm
@@ -117,21 +117,16 @@ def evaluate(
     device = next(model.parameters()).device
     sums = torch.zeros(len(ELBOTerms._fields), dtype=torch.float64, device=device)
     count = 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.autocast(device.type, enabled=False):
-            for first_row, batch in _share(batches, process_group):
-                (x,) = inputs([batch], device)
-                mu, logvar = model.encode(x)
-                logvar = clamp_logvar(logvar, loss.spec)
-                if latents is not None:
-                    latents.update(mu, logvar)
-                z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=first_row)
-                sums += torch.stack(plain.terms(model.decode(z), x, kl=kl)).double() * len(x)
-                count += len(x)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.autocast(device.type, enabled=False):
+        for first_row, batch in _share(batches, process_group):
+            (x,) = inputs([batch], device)
+            mu, logvar = model.encode(x)
+            logvar = clamp_logvar(logvar, loss.spec)
+            if latents is not None:
+                latents.update(mu, logvar)
+            z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=first_row)
+            sums += torch.stack(plain.terms(model.decode(z), x, kl=kl)).double() * len(x)
+            count += len(x)
     if process_group is not None:
         totals = torch.cat((sums, sums.new_tensor([count])))
         dist.all_reduce(totals, group=process_group)

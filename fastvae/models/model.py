@@ -216,12 +216,21 @@ def decode_mean(model: nn.Module, z: Tensor) -> Tensor:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """While it lasts, the model is in eval mode."""
-    was_training = model.training
-    model.eval()
+    with modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the model, and each part of it, back into the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train(modes[0][1])  # which may be the model's own
+        for module, training in modes:
+            module.training = training
 
 
 def _shape(tensor: Tensor) -> str:

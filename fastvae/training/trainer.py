@@ -18,7 +18,7 @@ from ..data import DataLoader
 from ..inference.evaluate import negative_elbo
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
-from ..models.model import ModelError, check_parameters
+from ..models.model import ModelError, check_parameters, modes_kept
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
 from .checkpoint import checkpoint_path, checkpoints, load_newest_checkpoint
@@ -167,11 +167,11 @@ class Trainer:
                 "fit: called under no_grad or inference_mode, expected gradients to be enabled"
             )
         with self.ranks.together():
-            result, was_training = None, self.model.training
+            result = None
             try:
-                result = self._fit()
+                with modes_kept(self.model):
+                    result = self._fit()
             finally:
-                self.model.train(was_training)
                 self._callbacks.on_end(result)
             return result
 
@@ -179,6 +179,7 @@ class Trainer:
         config = self.config
         assert config.epochs is not None  # resolved above
         torch.manual_seed(config.seed)
+        self.model.train()
         extra = self.extra_loss
         for module in (self.model, self.loss, *([extra] if isinstance(extra, nn.Module) else [])):
             self.ranks.broadcast([*module.parameters(), *module.buffers()])
@@ -283,7 +284,8 @@ class Trainer:
     ) -> Iterator[None]:
         """The rest of an epoch; yields after each step, when `progress` is up to date."""
         first = progress.batch
-        self.model.train()
+        if not self.model.training:  # else a callback may have put a part of it into eval mode
+            self.model.train()
         if first == 0:
             step.reset()
         else:  # on_start of a callback came after what was resumed
