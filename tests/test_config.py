@@ -216,6 +216,14 @@ def test_strings_are_read_as_the_command_line_gives_them():
     ("options", "message"),
     [
         ({"epochs": "-1"}, "epochs: got '-1', expected a number greater than or equal to 1"),
+        *(
+            ({name: 2**62 + 1}, f"{name}: got {2**62 + 1}, expected a number less than or equal to {most}")
+            for name, most in (("batch_size", 2**62), ("latent_dim", 2**31 - 1))
+        ),
+        (
+            {"hidden": ["9" * 30]},
+            f"hidden: got '{'9' * 30}', expected a number less than or equal to 2147483647",
+        ),
         ({"epochs": "many"}, "epochs: got 'many', expected a valid integer"),
         ({"epoch": 3}, "epoch: no such option; did you mean epochs?"),
         ({"zzz": 3}, "zzz: no such option"),
@@ -244,7 +252,7 @@ def test_strings_are_read_as_the_command_line_gives_them():
                 {"logvar_clamp": got},
                 f"logvar_clamp: got {got}, expected two numbers, LOW and HIGH, LOW not above HIGH",
             )
-            for got in ([2, 1], [1], [1, 2, 3], ["-1", "a"], ["-inf", "0"], 4)
+            for got in ([2, 1], [1], [1, 2, 3], ["-1", "a"], ["-inf", "0"], ["1e39", "1e300"], 4)
         ),
         (
             {"weight_decay": 0.1},

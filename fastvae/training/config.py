@@ -6,7 +6,6 @@ Imports neither torch nor numpy: `fastvae train --help` needs only this.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import sys
@@ -24,6 +23,9 @@ else:
     import tomli as tomllib
 
 DEFAULT_MAX_SKIPPED = 10
+
+WIDEST = 2**31 - 1  # a layer beyond it has no room
+LARGEST = 3.4e38  # in float32
 
 CUDAGraph = Literal["auto", "always", "never"]
 
@@ -73,7 +75,7 @@ def _interval(value: Any) -> Any:
     expected = "two numbers, LOW and HIGH, LOW not above HIGH"
     try:
         low, high = (float(bound) for bound in value)
-        valid = not isinstance(value, str) and -math.inf < low <= high < math.inf
+        valid = not isinstance(value, str) and -LARGEST <= low <= high <= LARGEST
     except (TypeError, ValueError):
         valid = False
     if not valid:
@@ -88,7 +90,7 @@ def _model(value: Any) -> Any:
     raise PydanticCustomError("model", "Input should be {expected}", {"expected": expected})
 
 
-Width = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=WIDEST)]
 
 
 class TrainConfig(BaseModel):
@@ -137,7 +139,7 @@ class TrainConfig(BaseModel):
     hidden: tuple[Width, ...] | None = Field(
         None, description="widths of the mlp's hidden layers, mirrored in the decoder (default: 400)"
     )
-    latent_dim: int = Field(20, ge=1, description="number of latents")
+    latent_dim: int = Field(20, ge=1, le=WIDEST, description="number of latents")
     likelihood: Literal["mse", "gaussian", "bernoulli"] | None = Field(
         None,
         description="p(x|z): mse is the squared error, gaussian has --variance, bernoulli is from logits "
@@ -177,7 +179,7 @@ class TrainConfig(BaseModel):
     patience: int | None = Field(
         None, ge=1, description="end when the validation loss has not improved in so many epochs"
     )
-    batch_size: int = Field(128, ge=1, description="data in a step")
+    batch_size: int = Field(128, ge=1, le=2**62, description="data in a step")
     accumulate: int = Field(
         1, ge=1, description="parts of a batch that a step computes one after another, to take less memory"
     )
