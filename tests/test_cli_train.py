@@ -172,7 +172,7 @@ def test_schedules_clipping_and_free_bits(tmp_path):
     options = (
         "--data digits --epochs 3 --hidden 32 --lr-schedule cosine --lr-warmup-steps 5 --optimizer adamw "
         "--weight-decay 0.02 --clip-norm 10 --kl-warmup cyclical --kl-warmup-steps 12 --free-bits 0.1 "
-        "--free-bits-form element --logvar-clamp -10.5 10"
+        "--free-bits-form element --logvar-clamp -1.05e1 10"
     )
     assert main(["train", *options.split(), "--out", str(tmp_path)]) == 0
     config = TrainConfig.from_toml(tmp_path / "train.toml")

@@ -6,11 +6,12 @@ import argparse
 import difflib
 import importlib.metadata
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..training.config import ConfigError
 from ..training.signals import TrainingStopped
@@ -51,6 +52,10 @@ SAID_SECONDS = 5.0  # for another rank to say what is wrong
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-3 for an option
 
     def error(self, message: str) -> NoReturn:
         if LOCAL_RANK > 0:
