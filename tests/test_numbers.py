@@ -167,6 +167,22 @@ def test_averages_are_of_the_steps_with_a_finite_loss() -> None:
     assert step.count == 90
 
 
+def test_an_epoch_without_a_finite_loss_has_none(tmp_path, capsys) -> None:
+    class Second(list):
+        """Nothing but NaN in the second epoch."""
+
+        def set_epoch(self, epoch: int) -> None:
+            self[:] = [torch.full((20, 12), math.nan if epoch == 1 else 0.5)]
+
+    config = TrainConfig(epochs=3, non_finite="skip", out=str(tmp_path), device="cpu")
+    train, extra = Second([torch.rand(20, 12)]), lambda x_hat, x: (x_hat - x).mean()
+    Trainer(VAE.mlp((12,), (8,), 2), train, config=config, extra_loss=extra).fit()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("train_loss", "train_recon", "train_kl", "train_extra"):
+        assert [row[name] is None for row in rows] == [False, True, False]
+    assert "epoch 2/3  loss nan  recon nan  KL nan" in capsys.readouterr().out
+
+
 def test_elsewhere_than_on_a_cpu_it_is_found_when_the_averages_are_read() -> None:
     """As on a GPU, where looking at each step would wait for it."""
     model = VAE.mlp((12,), (8,), 2)

@@ -358,7 +358,7 @@ def test_averages_weigh_each_step_by_its_data(data, monkeypatch, seed, most_kept
         step(torch.from_numpy(data[:size]))
     assert step.averages()[0] == pytest.approx(total / sum(sizes), rel=1e-6)
     step.reset()
-    assert step.averages() == (0.0, 0.0, 0.0)
+    assert all(map(math.isnan, step.averages()))
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e25, math.inf, math.nan])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -57,10 +58,10 @@ class ExtraLoss:
         self._own.zero_()
 
     def average(self) -> float:
-        """The average over the data since `reset`; waits for the device, and for other ranks."""
+        """The average over the data since `reset`, NaN of none; waits for the device, and for other ranks."""
         self.gather()
         total, data = self._sums.tolist()
-        return float(total / max(data, 1.0))
+        return float(total / (data or math.nan))
 
     def reset(self) -> None:
         """Begin a new average."""

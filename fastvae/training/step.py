@@ -253,7 +253,7 @@ class TrainStep:
     def averages(self) -> tuple[float, float, float]:
         """(loss, recon, kl), averaged over the data since `reset`; waits for the device.
 
-        Steps whose terms are not finite are left out. Raises NonFiniteError.
+        Steps whose terms are not finite are left out; NaN where there are no others. Raises NonFiniteError.
         """
         self._read()
         if self.extra is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -48,9 +49,9 @@ class TermSums:
         return rows
 
     def averages(self) -> tuple[float, float, float]:
-        """(loss, recon, kl) of what was read; waits for the device."""
+        """(loss, recon, kl) of what was read, NaN where that is nothing; waits for the device."""
         loss, recon, kl, data = self._sums.tolist()
-        data = max(data, 1)
+        data = data or math.nan
         return loss / data, recon / data, kl / data
 
     def reset(self) -> None:

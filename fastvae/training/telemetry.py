@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from types import TracebackType
@@ -67,7 +68,8 @@ class Telemetry:
 
 
 def _terms(metrics: Mapping[str, Any]) -> str:
-    loss, recon, kl = (metrics[f"train_{name}"] for name in ("loss", "recon", "kl"))
+    terms = (metrics[f"train_{name}"] for name in ("loss", "recon", "kl"))
+    loss, recon, kl = (math.nan if term is None else term for term in terms)
     return f"loss {loss:.4g}  recon {recon:.4g}  KL {kl:.4g}"
 
 

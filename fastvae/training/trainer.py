@@ -336,9 +336,9 @@ class Trainer:
 
     def _metrics(self, step: TrainStep, progress: Progress, gpu: Figures) -> Figures:
         """What is reported of an epoch so far."""
+        terms = dict(zip(("train_loss", "train_recon", "train_kl"), step.averages(), strict=True))
         return {
-            **dict(zip(("train_loss", "train_recon", "train_kl"), step.averages(), strict=True)),
-            **step.extra_average(),
+            **{n: None if math.isnan(v) else v for n, v in (terms | step.extra_average()).items()},
             "skipped_steps": step.skipped.total,
             "samples_per_second": progress.epoch_samples / progress.epoch_seconds,
             "data_wait_share": progress.epoch_wait_seconds / progress.epoch_seconds,
