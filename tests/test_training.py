@@ -179,6 +179,31 @@ def test_other_loaders_work(data):
     assert Trainer(VAE.mlp((16,)), loader, config=TrainConfig(epochs=1)).fit().steps == 6
 
 
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (lambda x: iter([*x, *x]), "got more batches in epoch 1 than its length, 3"),
+        (lambda x: iter(x[:2]), "got 2 batches in epoch 1, expected 3 in each, which is its length"),
+        ("one pass", "got 0 batches in epoch 2, expected 3 in each, which is its length"),
+    ],
+)
+def test_a_loader_with_another_number_of_batches_than_its_length(data, batches, message):
+    """By which schedules and checkpoints count; an iterator gives all in one epoch and none in the next."""
+    parts = torch.from_numpy(data[:300]).split(100)
+    passes = iter(parts)
+
+    class Loader:
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return passes if batches == "one pass" else batches(parts)
+
+    trainer = Trainer(VAE.mlp((16,), (8,), 2), Loader(), config=TrainConfig(epochs=2, device="cpu"))
+    with pytest.raises(ValueError, match=f"^train: {message}$"):
+        trainer.fit()
+
+
 def test_plain_lines_one_an_epoch(data, capsys):
     _fit(data, epochs=3)
     lines = capsys.readouterr().out.splitlines()

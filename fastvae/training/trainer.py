@@ -156,6 +156,7 @@ class Trainer:
             ModelError: mu, logvar or x_hat of the first batch have a wrong shape. Nothing is written.
             TrainingError, which names the step: a loss, a gradient or a weight is not finite. A step whose
                 loss or gradient is not has not been applied. Earlier checkpoints stay.
+            ValueError: `train` gave more or fewer batches than its length.
             TrainingStopped: SIGTERM or Ctrl-C came; where there is a folder, after a checkpoint.
             CheckpointError: there is no checkpoint to resume from, or it is of another training.
             OSError: writing failed, as where the disk is full. Earlier checkpoints stay.
@@ -295,7 +296,12 @@ class Trainer:
         next_report = began + REPORT_SECONDS
         self.ranks.share_generators(self.device)
         batches = WaitClock(self._shares(progress.epoch, first))
+        expected = len(self.train)
         for done, (x, share) in enumerate(batches, first + 1):
+            if done > expected:  # the steps would be counted twice, and a checkpoint called older than it is
+                raise ValueError(
+                    f"train: got more batches in epoch {progress.epoch} than its length, {expected}"
+                )
             try:
                 step(x, share)
             except NonFiniteError as error:
@@ -312,6 +318,9 @@ class Trainer:
                 telemetry.step(progress.epoch, progress.batch, metrics)
                 self._callbacks.on_report(progress.step(len(self.train)), metrics)
                 next_report = time.perf_counter() + REPORT_SECONDS
+        if progress.batch < expected:
+            got = f"{progress.batch} batches in epoch {progress.epoch}"
+            raise ValueError(f"train: got {got}, expected {expected} in each, which is its length")
         step.averages()  # waits for the device
         progress.epoch_seconds = earlier + time.perf_counter() - began
 
