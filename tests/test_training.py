@@ -179,6 +179,13 @@ def test_other_loaders_work(data):
     assert Trainer(VAE.mlp((16,)), loader, config=TrainConfig(epochs=1)).fit().steps == 6
 
 
+def test_empty_validation_data_are_refused_at_once(data):
+    train, val = DataLoader(data[:100], 50), DataLoader(data[:9], 10, drop_last=True)
+    for empty in (val, []):
+        with pytest.raises(ValueError, match=r"^val: got no batches, expected at least one$"):
+            Trainer(VAE.mlp((16,), (8,), 2), train, empty)
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [

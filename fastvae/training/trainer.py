@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class Trainer:
 
     Moves the model to the chosen device. Raises ConfigError for a device or a package that is absent, a
     folder that may not be written or an option that does not go with model or data, ValueError for no
-    training data, ModelError for a model without encode and decode, with nothing to train or for other items.
+    training or validation data, ModelError for a model without encode and decode, with nothing to train or
+    for other items.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class Trainer:
         self.ranks = join()
         if _length(train) == 0:
             raise ValueError("train: got no batches, expected at least one")
+        if val is not None and length_hint(val, 1) == 0:
+            raise ValueError("val: got no batches, expected at least one")
         if isinstance(getattr(train, "sampler", None), DistributedSampler):
             raise ValueError(
                 "train: got a DistributedSampler, expected the same batches on all ranks; each takes its rows"
