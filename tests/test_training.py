@@ -187,6 +187,18 @@ def test_empty_validation_data_are_refused_at_once(data):
 
 
 @pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (ELBOLoss(reduction="none"), 'got reduction "none", expected one that gives a scalar'),
+        (torch.nn.MSELoss(), "got a MSELoss, expected a fastvae.ELBOLoss"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_is_refused(data, loss, message):
+    with pytest.raises(ValueError, match=f"^loss: {message}$"):
+        Trainer(VAE.mlp((16,), (8,), 2), DataLoader(data[:100], 50), loss=loss)
+
+
+@pytest.mark.parametrize(
     ("batches", "message"),
     [
         (lambda x: iter([*x, *x]), "got more batches in epoch 1 than its length, 3"),

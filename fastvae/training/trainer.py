@@ -75,8 +75,8 @@ class Trainer:
 
     Moves the model to the chosen device. Raises ConfigError for a device or a package that is absent, a
     folder that may not be written or an option that does not go with model or data, ValueError for no
-    training or validation data, ModelError for a model without encode and decode, with nothing to train or
-    for other items.
+    training or validation data and for a loss that is none or no scalar, ModelError for a model without
+    encode and decode, with nothing to train or for other items.
     """
 
     def __init__(
@@ -139,6 +139,10 @@ class Trainer:
                 free_bits_form=config.free_bits_form,
                 capacity=config.capacity,
             )
+        if not isinstance(loss, ELBOLoss):
+            raise ValueError(f"loss: got a {type(loss).__name__}, expected a fastvae.ELBOLoss")
+        if "none" in (loss.spec.recon_reduction, loss.spec.kl_reduction):
+            raise ValueError('loss: got reduction "none", expected one that gives a scalar')
         self.loss = loss.to(self.device)
         self.extra_loss = extra_loss
         self.train = train
