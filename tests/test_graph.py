@@ -301,7 +301,7 @@ def parts_of(step: TrainStep) -> dict[str, Tensor]:
     """Copies of each parameter and of its moments."""
     tensors = step.tensors()
     wholes = {"weight": step.weights.flat.detach()}
-    wholes |= {name: tensors[f"optimizer.0.{name}"] for name in ("exp_avg", "exp_avg_sq")}
+    wholes |= {name: tensors[f"optimizer.{name}"] for name in ("mean", "square")}
     return {
         f"{what} of {name}": part.clone()
         for what, whole in wholes.items()

@@ -19,6 +19,7 @@ from fastvae.training.checkpoint import load_newest_checkpoint, without_prefix
 from fastvae.training.config import ConfigError, TrainConfig
 from fastvae.training.device import choose_amp_dtype, choose_device
 from fastvae.training.fused_adam import FusedAdam
+from fastvae.training.native_adam import NativeAdam
 from fastvae.training.optimizer import make_optimizer
 from fastvae.training.schedules import capacity_factor, kl_factor, lr_factor
 from fastvae.training.step import TrainStep
@@ -201,7 +202,10 @@ def test_a_loss_that_cannot_be_trained_is_refused(data, loss, message):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (lambda x: iter([*x, *x]), "got more batches in epoch 1 than its length, 3"),
+        (
+            lambda x: iter([*x, *x]),
+            "got more batches in epoch 1 than its length, 3; give it the __len__ that it has, or no workers",
+        ),
         (lambda x: iter(x[:2]), "got 2 batches in epoch 1, expected 3 in each, which is its length"),
         ("one pass", "got 0 batches in epoch 2, expected 3 in each, which is its length"),
     ],
@@ -324,6 +328,38 @@ def test_native_adam_is_torch_s(name, dtype, clip_norm, seed):
     if copies is not None:
         assert torch.equal(copies, ours.to(dtype))
         torch.testing.assert_close(copies.float(), their_copies.float(), rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [(NativeAdam, FusedAdam), (FusedAdam, NativeAdam)])
+def test_adam_goes_on_where_the_other_one_was(kinds, seed):
+    """As in a training that a GPU began and a CPU resumes."""
+
+    def run(optimizer, learned, steps):
+        for step in steps:
+            torch.manual_seed(seed + step)
+            for leaf in (*optimizer.weights.leaves, *learned):
+                leaf.grad = torch.randn(leaf.shape)
+            optimizer.step()
+
+    def make(kind):
+        torch.manual_seed(seed)
+        learned = [torch.nn.Parameter(torch.tensor(0.5))]
+        weights = FlatWeights(torch.nn.Linear(5, 7), torch.float32)
+        return kind(weights, learned, 1e-2, 0.01, ema_decay=0.9), learned
+
+    (first, of_first), (second, of_second) = map(make, kinds)
+    run(first, of_first, range(5))
+    second.load_tensors({name: tensor.clone() for name, tensor in first.tensors().items()})
+    with torch.no_grad():
+        for to, of in zip((second.weights.flat, *of_second), (first.weights.flat, *of_first), strict=True):
+            to.copy_(of)
+    run(first, of_first, range(5, 9))
+    run(second, of_second, range(5, 9))
+    assert first.tensors().keys() == second.tensors().keys()
+    for name, tensor in first.tensors().items():
+        torch.testing.assert_close(second.tensors()[name], tensor, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(second.weights.flat, first.weights.flat, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(of_second, of_first, rtol=1e-5, atol=1e-7)
 
 
 def test_native_adam_does_not_depend_on_threads(seed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from ..ops import ELBOTerms
 from .adam import BETAS, EPS, LOG_VARIANCE_LR_FACTOR, averages_of, named_averages, share_of_new
 from .numbers import Finding
 from .weights import FlatWeights
+
+_MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
 
 # with a smaller scale even a gradient of 1 is 0 in float16
 LEAST_SCALE = 2.0**-24
@@ -171,31 +173,34 @@ class FusedAdam:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments and the numbers of steps, the averages, and the scale of the gradients."""
-        found = {
-            f"{i}.{name}": value
-            for i, parameter in enumerate(self._updated())
-            for name, value in self.adam.state[parameter].items()
-        }
+        """The moments, averages and steps, named as of `NativeAdam`, and the scale of the gradients."""
+        found = {"steps": self._steps().to(torch.int64)}
+        for prefix, parameter in self._named():
+            state = self.adam.state.get(parameter)
+            for name, torchs in _MOMENTS.items():
+                found[prefix + name] = state[torchs] if state else torch.zeros_like(parameter.detach())
         if self.scaler is not None:
             numbers = self.scaler.state_dict()
             found |= {f"scaler.{name}": torch.tensor(value) for name, value in numbers.items()}
         return found | named_averages(self.averages)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `tensors` gave."""
-        for i, parameter in enumerate(self._updated()):
-            start = f"{i}."
+        """Go on from what `tensors` gave, here or of `NativeAdam`."""
+        for prefix, parameter in self._named():
+            moments = {torchs: tensors[prefix + name] for name, torchs in _MOMENTS.items()}
+            state = {"step": tensors["steps"].to(torch.float32), **moments}
             self.adam.state[parameter] = {
-                name.removeprefix(start): value.to(parameter.device)
-                for name, value in tensors.items()
-                if name.startswith(start)
+                name: value.to(parameter.device, copy=True) for name, value in state.items()
             }
         for name, average in named_averages(self.averages).items():
             average.copy_(tensors[name])
-        if self.scaler is not None:
+        if self.scaler is not None and "scaler.scale" in tensors:
             numbers = {n: tensors[f"scaler.{n}"].item() for n in self.scaler.state_dict()}
             self.scaler.load_state_dict(numbers)
 
-    def _updated(self) -> list[nn.Parameter]:
-        return [parameter for group in self.adam.param_groups for parameter in group["params"]]
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters, each with what its moments' names begin with."""
+        flat, *learned_by_loss = (p for group in self.adam.param_groups for p in group["params"])
+        yield "", flat
+        for i, parameter in enumerate(learned_by_loss):
+            yield f"loss.{i}.", parameter

@@ -144,8 +144,8 @@ def _check_alike(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> No
         got, expected = (list(t[name].shape) if name in t else "none" for t in (tensors, own))
         if name in tensors and name in own:
             is_alike = got == expected
-        elif kind == "step":  # an extra loss may be new, and averages may end
-            is_alike = name in tensors or what.startswith("extra.")
+        elif kind == "step":  # an extra loss may be new, as may a scale of gradients; and averages may end
+            is_alike = name in tensors or what.startswith(("extra.", "optimizer.scaler."))
         else:
             is_alike = kind not in ("buffer", "loss") or name in own
         if not is_alike:

@@ -307,9 +307,8 @@ class Trainer:
         expected = len(self.train)
         for done, (x, share) in enumerate(batches, first + 1):
             if done > expected:  # the steps would be counted twice, and a checkpoint called older than it is
-                raise ValueError(
-                    f"train: got more batches in epoch {progress.epoch} than its length, {expected}"
-                )
+                got = f"more batches in epoch {progress.epoch} than its length, {expected}"
+                raise ValueError(f"train: got {got}; give it the __len__ that it has, or no workers")
             try:
                 step(x, share)
             except NonFiniteError as error:
