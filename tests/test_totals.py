@@ -68,6 +68,31 @@ def test_the_best_variance_is_that_of_sigma_vae(impl: str, weighted: bool, sampl
     check(ours, hand, [x_hat, *rest])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_second_derivatives_go_through_the_best_variance(impl: str, weighted: bool) -> None:
+    x_hat, x, mu, logvar = inputs(batch=4, features=3, latents=2)
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0]) if weighted else None
+    direction = torch.randn_like(x_hat)
+
+    def hand(h: Tensor) -> Tensor:
+        w = torch.ones(4, 1).double() if weight is None else weight.double()[:, None]
+        mean = (w * (h - x.double()) ** 2).sum() / (3 * w.sum())
+        return 0.5 * 3 * w.sum() * mean.log() / 4
+
+    def ours(h: Tensor) -> Tensor:
+        given = {"likelihood": "gaussian", "log_variance": "batch", "weight": weight, "impl": impl}
+        return fastvae.elbo(h, x, mu, logvar, **given).loss
+
+    def product(function, leaf: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        return torch.autograd.grad((g * direction).sum(), leaf)[0]
+
+    expected = product(hand, x_hat.double().requires_grad_())
+    actual = product(ours, x_hat.clone().requires_grad_())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_perfect_reconstruction_and_an_empty_batch_make_no_nan() -> None:
     loss = fastvae.ELBOLoss("gaussian", log_variance="batch")
     x = torch.rand(4, 5)

@@ -199,6 +199,8 @@ def _prepare(
     scale = check_scale(log_variance, log_scale, spec)
     if isinstance(scale, str):
         scale = totals.best_log_variance(inputs, extents, process_group, impl)
+        # of other ranks' data there is nothing here to differentiate through
+        spec = replace(spec, best_variance=process_group is None)
     form = scale_form(scale, "log_scale" if spec.likelihood == "laplace" else "log_variance", inputs, extents)
     if form != spec.scale_form:
         spec = replace(spec, scale_form=form)

@@ -259,7 +259,11 @@ def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, 
     if isinstance(log_scale, Tensor):
         data = (*data, log_scale.to(dtype).reshape(spec.scale_shape(extents)))
     no_recon = dropped(recon_of, *data)
-    recon_rows = recon_of(*_without(no_recon, *data))
+    data = _without(no_recon, *data)
+    if spec.best_variance:
+        output, target, best = data
+        data = (output, target, _through_best(best, output, target, w, extents))
+    recon_rows = recon_of(*data)
 
     latents: tuple[Tensor, ...]
     if kl is not None:
@@ -293,6 +297,16 @@ def elbo(inputs: Inputs, spec: Spec, extents: Extents) -> tuple[Tensor, Tensor, 
     kl_scale = spec.kl_scale(extents)
     kl_term = reduce(elements.sum(1), no_kl, kl_scale)
     return recon + reduce(weighted.sum(1), no_kl, kl_scale), recon, kl_term
+
+
+def _through_best(
+    log_variance: Tensor, output: Tensor, target: Tensor, w: Tensor, extents: Extents
+) -> Tensor:
+    """`log_variance`, the batch's optimum, with the derivatives of ln of the mean squared error."""
+    elements = (w.sum() if w.ndim else w * extents.batch) * (extents.samples * extents.features)
+    mean = (w * (output - target) ** 2).sum() / torch.where(elements == 0, 1, elements)
+    best = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+    return log_variance + (best - best.detach())
 
 
 def latent_kl_sums(inputs: Inputs, spec: Spec, extents: Extents) -> Tensor:

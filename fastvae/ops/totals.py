@@ -4,7 +4,7 @@ Numbers become tensors where the others are (`new_full`): a copy from the host w
 
 All are found first, without a gradient, and then stand in the loss as numbers: the loss is stationary in the
 best variance, and a mean above its floor, or on one side of a capacity, is linear in its elements, so that
-the gradients are exact.
+the gradients are exact. Second derivatives, which the reference makes, go through the variance of one rank.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ class Spec:
     given, sampling if `sample` is set. `likelihood` is that of `elbo`, or "probabilities": Bernoulli with
     x_hat its probabilities. `free_bits` is a floor of the KL in the loss: of each of its elements where an
     implementation sees it, and of each latent's mean before `ops.totals` has turned that into a beta.
+    `best_variance` says that log_scale is the optimum of this batch, which second derivatives go through.
     Without `terms` an implementation may leave out recon and kl, and give the loss alone.
     """
 
@@ -68,6 +69,7 @@ class Spec:
     free_bits_form: FreeBitsForm = "element"
     scale_form: ScaleForm = "scalar"
     terms: bool = True
+    best_variance: bool = False
 
     @property
     def per_sample(self) -> bool:
