@@ -39,6 +39,7 @@ def make_spec(
 ) -> Spec:
     """Check the choices of `elbo`."""
     check_choice("likelihood", likelihood, LIKELIHOODS)
+    check_choice("reduction", reduction, REDUCTIONS)
     recon_reduction = reduction if recon_reduction is None else recon_reduction
     kl_reduction = reduction if kl_reduction is None else kl_reduction
     for name, value in (("recon_reduction", recon_reduction), ("kl_reduction", kl_reduction)):
@@ -91,7 +92,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    if not isinstance(value, (Real, Tensor, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, Tensor):
+        _check_tensor(name, value)
+    elif not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number or a tensor")
 
 
@@ -171,6 +174,8 @@ def _check_tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor, as of torch.as_tensor")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor, as of .to_dense()")
+    if value.is_complex():
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers, as of .real")
     return value
 
 
