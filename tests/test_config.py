@@ -172,6 +172,12 @@ def test_what_is_wrong_in_a_file_is_named_with_the_file(line, message, tmp_path)
     assert str(error.value) == f"{path}: {message}"
 
 
+@pytest.mark.parametrize("option", ["data", "val", "out"])
+def test_a_path_that_is_no_text_is_refused_before_a_run_begins(option, tmp_path):
+    with pytest.raises(ConfigError, match=rf"^{option}: got 'images\\udcff', expected UTF-8"):
+        _resolved([f"--{option}", "images\udcff"], tmp_path)
+
+
 def test_a_wrong_flag_beside_a_good_file_does_not_name_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"^epochs: got '0'"):
         _resolved(["--epochs", "0"], tmp_path, {"epochs": 3})

@@ -250,6 +250,10 @@ class TrainConfig(BaseModel):
             super().__init__(**options)
         except ValidationError as error:
             raise _first_problem(error) from None
+        for option, value in options.items():
+            # the bytes of a path that are no text
+            if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+                raise ConfigError(option, f"got {value!r}, expected UTF-8, which the files of a run are in")
         if self.variance is not None and self.likelihood not in (None, "gaussian"):
             got = f"got {self.variance} with likelihood {self.likelihood}"
             raise ConfigError("variance", f"{got}, expected it with gaussian only")
