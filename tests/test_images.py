@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -192,6 +193,18 @@ def events(folder: Path):
 
 
 @needs_tensorboard
+def test_event_files_have_the_row_of_an_epoch_whose_callback_raises(x, tmp_path) -> None:
+    class Failing(fastvae.Callback):
+        def on_epoch(self, row) -> None:
+            raise RuntimeError("disk of a server")
+
+    with pytest.raises(RuntimeError, match="disk of a server"):
+        make(x, Failing(), tensorboard=True, out=str(tmp_path)).fit()
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [event.step for event in events(tmp_path).Scalars("val/loss")] == [row["step"]]
+
+
+@needs_tensorboard
 def test_event_files_have_reports_rows_and_pictures(x, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trainer_module, "REPORT_SECONDS", 0.0)
     gallery = Gallery()
@@ -226,7 +239,7 @@ def test_a_resumed_run_shows_each_step_once(x, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trainer_module, "REPORT_SECONDS", 0.0)
     with pytest.raises(LookupError):
         make(x, Gallery(fail_at=9), tensorboard=True, out=str(tmp_path)).fit()
-    assert [event.step for event in events(tmp_path).Scalars("run/data_wait_share")][-1] == 8
+    assert [event.step for event in events(tmp_path).Scalars("run/data_wait_share")][-1] == 9
     gallery = Gallery()
     make(x, gallery, out=str(tmp_path), tensorboard=True, resume=True).fit()
     assert min(gallery.reports) == 7

@@ -182,13 +182,14 @@ def test_figures_of_a_whole_training() -> None:
 def test_the_progress_shows_what_is_known(capsys) -> None:
     row = {"epoch": 1, "val_loss": None, "samples_per_second": 1234.5, "data_wait_share": 0.126}
     row |= dict.fromkeys(("train_loss", "train_recon", "train_kl"), 1.0)
-    for gpu in ((None, None, None), (3 * 2**29, None, 99.6), (2**30, 0.5, 300)):
+    for gpu in ((None, None, None), (3 * 2**29, None, 99.6), (2**30, 0.5, 300), (5 << 20, None, None)):
         Telemetry(1, 1).epoch({**row, **dict(zip(GPU_NAMES, gpu, strict=True))})
     shown = [line.partition("samples/s  ")[2] for line in capsys.readouterr().out.splitlines()]
     assert shown == [
         "13% data wait",
         "13% data wait  GPU 100 W 1.5 GiB",
         "13% data wait  GPU 50% 300 W 1.0 GiB",
+        "13% data wait  GPU 5 MiB",
     ]
 
 

@@ -73,13 +73,17 @@ def _terms(metrics: Mapping[str, Any]) -> str:
     return f"loss {loss:.4g}  recon {recon:.4g}  KL {kl:.4g}"
 
 
+def _size(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
 def _usage(metrics: Mapping[str, Any]) -> str:
     """Throughput and, of the rest, what is known."""
     memory, utilization, power = (metrics[name] for name in GPU_NAMES)
     gpu = [
         "" if utilization is None else f" {utilization:.0%}",
         "" if power is None else f" {power:.0f} W",
-        "" if memory is None else f" {memory / 2**30:.1f} GiB",
+        "" if memory is None else f" {_size(memory)}",
     ]
     shown = f"{metrics['samples_per_second']:,.0f} samples/s  {metrics['data_wait_share']:.0%} data wait"
     return f"{shown}  GPU{''.join(gpu)}" if any(gpu) else shown

@@ -148,7 +148,8 @@ class Trainer:
         self.train = train
         self.val = val
         writers = [TensorBoard(folder)] if config.tensorboard and folder is not None else []
-        self._callbacks = Callbacks([*callbacks, *writers] if self.ranks.is_first else [])
+        # the writer first: another one may raise
+        self._callbacks = Callbacks([*writers, *callbacks] if self.ranks.is_first else [])
         self._validation = Validation(self.val, self.loss, config, self.ranks)
         self._images = Images(config.image_epochs, config.seed, val, self.device, self.folder)
         self._started: Iterator[tuple[Tensor, Share]] | None = None  # an epoch, its first batch looked at
