@@ -588,3 +588,15 @@ def test_a_class_that_will_not_do_is_one_line(options, message, module, tmp_path
 def test_what_is_wrong_inside_the_module_is_shown(module):
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
         _train("--model", f"broken_{module}:Net")
+
+
+def test_a_last_batch_of_one_datum_is_looked_at_before_the_first_step(data) -> None:
+    """BatchNorm of one datum has no variance, and an epoch of 150 ends with one in batches of 149."""
+    model = Spatial()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"of Spatial for one datum, .* choose another batch size"):
+        _fit(model, data, DataLoader(data[:150], 149))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for train in (DataLoader(data[:150], 149, drop_last=True), DataLoader(data[:150], 50)):
+        _fit(Spatial(), data, train, epochs=1)
+    _fit(Net(), data, DataLoader(data[:150], 149), epochs=1)

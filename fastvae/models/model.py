@@ -142,6 +142,22 @@ def check_batch(model: Model, x: Tensor) -> tuple[int, ...]:
     return tuple(mu.shape[1:])
 
 
+def check_one_datum(model: Model, x: Tensor) -> None:
+    """Raise ModelError where the model, as it trains, takes no x [1, *item]: one datum has no variance.
+
+    Draws nothing from torch's generators and changes no buffer.
+    """
+    devices = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices), _buffers_kept(model), torch.no_grad():
+        try:
+            model.decode(model.encode(x)[0])
+        except ValueError as error:
+            raise ModelError(
+                f"model: got ValueError of {type(model).__name__} for one datum, of which the last batch of "
+                f"an epoch is made: {error}; choose another batch size"
+            ) from error
+
+
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Puts back the buffers that are written or replaced meanwhile."""

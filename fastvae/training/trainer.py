@@ -19,7 +19,7 @@ from ..data import DataLoader
 from ..inference.evaluate import negative_elbo
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
-from ..models.model import ModelError, check_parameters, modes_kept
+from ..models.model import ModelError, check_one_datum, check_parameters, modes_kept
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
 from .checkpoint import checkpoint_path, checkpoints, load_newest_checkpoint
@@ -348,7 +348,10 @@ class Trainer:
         self._started = chain(first, shares)
         for x, share in first:
             if share.rows > 0:
-                return describe(self.model, x.shape[1:], step.backward.check(x))
+                described = describe(self.model, x.shape[1:], step.backward.check(x))
+                if self.ranks.size == 1 and _ends_with_one_datum(self.train):
+                    check_one_datum(self.model, x[:1])
+                return described
         return None
 
     def _metrics(self, step: TrainStep, progress: Progress, gpu: Figures) -> Figures:
@@ -429,6 +432,13 @@ def _length(train: Batches) -> int:
     except TypeError as error:
         got = f"a {type(train).__name__} without a length ({error})"
         raise ValueError(f"train: got {got}, expected batches whose number is known") from error
+
+
+def _ends_with_one_datum(train: Batches) -> bool:
+    """Whether that is known of the last batch of an epoch."""
+    if not isinstance(train, DataLoader) or train.drop_last:
+        return False
+    return train.batch_size == 1 or train.n_samples % train.batch_size == 1
 
 
 def _check_items(model: nn.Module, **loaders: Batches | None) -> None:
