@@ -46,14 +46,14 @@ public:
         double gradient_factor, double average_new, bool check, int threads) const {
         if (step < 1) throw std::invalid_argument("step: got " + std::to_string(step) + ", expected at least 1");
         const auto parts = with(gradients, threads);
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         return update({lr, beta1, beta2, eps, step, gradient_factor, average_new}, parts, check, threads);
     }
 
     // As torch.nn.utils.clip_grad_norm_ has it; NaN where the norm is NaN.
     double clip_factor(const Gradients& gradients, double max_norm, int threads) const {
         const auto parts = with(gradients, threads);
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         const double factor = max_norm / (std::sqrt(sum_of_squares(parts, threads)) + 1e-6);
         return factor > 1 ? 1 : factor;
     }

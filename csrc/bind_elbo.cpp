@@ -108,7 +108,7 @@ Call checked_call(
 }
 
 void run_call(const Call& call) {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     run(call.call, call.isa);
 }
 
@@ -141,7 +141,7 @@ void run_again(
     if (seed) call.seed = static_cast<std::uint64_t>(*seed);
     call.beta = beta;
     call.log_variance = log_variance;
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     run(call, plan.isa);
 }
 

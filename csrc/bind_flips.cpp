@@ -33,7 +33,7 @@ void flips(
     const Flips call{samples, batch, latents, units, threads, reals(noise), reals(layer), reals(cross),
                      reals(square), reals(gram), reinterpret_cast<double*>(values)};
     const FlipsKernel kernel = fastvae::instruction_set(instruction_set).flips;
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     run(call, kernel);
 }
 

@@ -74,15 +74,23 @@ py::array array_over(const Batch& batch, const py::dtype& dtype, void* data, con
     return py::array(dtype, shape, data, owner);
 }
 
+// Waits for threads, and so without the interpreter's lock.
+struct End {
+    void operator()(Batches* batches) const {
+        const Unlocked unlocked;
+        delete batches;
+    }
+};
+
 struct PyBatches {
-    std::unique_ptr<Batches> batches;
+    std::unique_ptr<Batches, End> batches;
     std::vector<py::ssize_t> shape;  // of a batch; its first entry is the batch's own
     py::dtype dtype;
 
     py::object next() {
         std::optional<Batch> batch;
         {
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             batch = batches->next();
         }
         if (!batch) throw py::stop_iteration();
@@ -160,7 +168,8 @@ py::object start(const py::object& owner, std::uint64_t seed, std::uint64_t epoc
     const std::int64_t n = self.table().n_samples;
     const Order order = shuffle ? Order::shuffled(n, seed, epoch, blocks_of(blocks))
                                 : Order::sequential(n, blocks_of(blocks));
-    PyBatches batches{self.start(order, seed, epoch, first_batch, Share{rank, ranks}), std::move(shape),
+    auto started = self.start(order, seed, epoch, first_batch, Share{rank, ranks});
+    PyBatches batches{std::unique_ptr<Batches, End>(started.release()), std::move(shape),
                       dtype_of(self.table().form.element)};
     return kept_with(std::move(batches), owner);
 }
@@ -179,7 +188,7 @@ py::array_t<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed, std::u
     const Order order = Order::shuffled(n, seed, epoch, blocks_of(blocks));
     py::array_t<std::int64_t> result(count.value_or(most));
     std::int64_t* const samples = result.mutable_data();
-    const py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     order.fill(first, count.value_or(most), samples);
     return result;
 }
@@ -195,7 +204,7 @@ LentMemory lent_memory(const py::array& memory) {
     }
     auto* const bytes = const_cast<std::byte*>(static_cast<const std::byte*>(memory.data()));
     const std::shared_ptr<const py::array> owner(new py::array(memory), [](const py::array* array) {
-        const py::gil_scoped_acquire locked;
+        const Locked locked;
         delete array;
     });
     return {bytes, static_cast<std::size_t>(memory.nbytes()), owner};
@@ -210,10 +219,9 @@ void bind_loader(py::module_& m) {
           "The shuffled order of an epoch: int64 [n], a permutation that depends on (n, seed, epoch, blocks) alone; "
           "blocks: samples a block and blocks a window, (0, 0) for none; first, count: a part of it.");
 
-    py::class_<PyBatches>(m, "Batches", "One pass over the data; ends its threads when dropped.",
-                          py::release_gil_before_calling_cpp_dtor())
+    py::class_<PyBatches>(m, "Batches", "One pass over the data; ends its threads when dropped.")
         .def("__iter__", [](py::object self) { return self; })
-        .def("close", [](PyBatches& self) { self.batches->close(); }, py::call_guard<py::gil_scoped_release>(),
+        .def("close", [](PyBatches& self) { self.batches->close(); }, py::call_guard<Unlocked>(),
              "Ends the threads and frees what is ready; `next` raises RuntimeError from now on.")
         .def("__next__", &PyBatches::next, "x [B, *item_shape], or (x, y), y int64 [B].");
 

@@ -40,7 +40,7 @@ py::array copy_of(const py::array& x, const WatchedFile& file) {
     py::array_t<std::uint8_t> memory(high - low);
     auto* const out = reinterpret_cast<std::byte*>(memory.mutable_data());
     {
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         file.copy(low, bytes, out);
     }
     const std::vector<py::ssize_t> shape(x.shape(), x.shape() + x.ndim());

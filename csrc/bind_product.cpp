@@ -56,7 +56,7 @@ public:
         product.bias = pointer(bias);
         product.where = pointer(where);
         product.c = reinterpret_cast<void*>(c);
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         if (product.m > 0 && product.n > 0) multiply_(product, *memory_);
     }
 

@@ -41,7 +41,7 @@ py::array_t<std::uint8_t> images(const ShapeRows& self, const Numbers& rows) {
     const std::int64_t* const chosen = rows.data();
     const py::ssize_t n = rows.size();
     std::uint8_t* out = result.mutable_data();
-    const py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     for (py::ssize_t i = 0; i < n; ++i, out += kShapeSide * kShapeSide) draw_shape(self.number(chosen[i]), out);
     return result;
 }

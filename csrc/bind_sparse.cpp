@@ -71,7 +71,7 @@ std::shared_ptr<SparseRows> make_sparse_rows(const py::array& data, const py::ar
                   data.shape(0),
                   indptr.shape(0) - 1,
                   n_columns};
-    const py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return std::make_shared<SparseRows>(csr);
 }
 
@@ -79,7 +79,7 @@ py::object normalized(const py::object& owner, std::optional<double> target, boo
     const auto& rows = owner.cast<const SparseRows&>();
     std::shared_ptr<SparseRows> result;
     {
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         result = std::make_shared<SparseRows>(rows, target, log1p);
     }
     return kept_with(std::move(result), owner);

@@ -1,6 +1,7 @@
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <utility>
 
@@ -31,5 +32,42 @@ pybind11::object kept_with(T&& result, const pybind11::handle& owner) {
     pybind11::detail::keep_alive_impl(object, owner);
     return object;
 }
+
+// Takes the interpreter's lock by `take`. Before Python 3.14 a process that ends unwinds a daemon thread that asks for
+// it, which would abort it in a destructor: such a thread waits here for the end instead.
+template <typename Take>
+auto take_lock(Take take) {
+    try {
+        return take();
+    } catch (...) {
+        for (;;) pause();
+    }
+}
+
+// Lets go of the interpreter's lock for a scope.
+class Unlocked {
+public:
+    Unlocked() : state_(PyEval_SaveThread()) {}
+    ~Unlocked() {
+        take_lock([this] { PyEval_RestoreThread(state_); });
+    }
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
+
+private:
+    PyThreadState* state_;
+};
+
+// Has the interpreter's lock for a scope, in any thread.
+class Locked {
+public:
+    Locked() : state_(take_lock(PyGILState_Ensure)) {}
+    ~Locked() { PyGILState_Release(state_); }
+    Locked(const Locked&) = delete;
+    Locked& operator=(const Locked&) = delete;
+
+private:
+    PyGILState_STATE state_;
+};
 
 }  // namespace fastvae

@@ -285,6 +285,32 @@ def test_an_exhausted_pass_stays_exhausted() -> None:
     assert list(batches) == []
 
 
+def test_a_process_may_end_while_daemon_threads_read() -> None:
+    """Of native batches: torch.from_numpy's tensors ask for the interpreter's lock themselves."""
+    code = """
+        import threading, time
+        import numpy as np
+        from fastvae.data.sources import as_source
+
+        loader = as_source(np.zeros((20000, 784), np.float32)).loader(
+            None, batch_size=128, drop_last=False, workers=1
+        )
+
+        def read():
+            while True:
+                for _ in loader.start(
+                    seed=0, epoch=0, shuffle=True, blocks=(0, 0), first_batch=0, rank=0, ranks=1
+                ):
+                    pass
+
+        for _ in range(3):
+            threading.Thread(target=read, daemon=True).start()
+        time.sleep(0.05)
+        """
+    for _ in range(3):
+        run_python(code)
+
+
 @pytest.mark.parametrize("data", ["x", "path"])
 def test_a_forked_child_says_so_and_can_begin_again(tmp_path: Path, data: str) -> None:
     run_python(f"""
