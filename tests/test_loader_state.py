@@ -117,6 +117,11 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
         make().load_state_dict(state)
     with pytest.raises(ValueError, match="batch is 14"):
         make().load_state_dict({**make().state_dict(), "batch": 14})
+    loader = make()
+    before = loader.state_dict()
+    with pytest.raises(ValueError, match="window is 0, expected"):
+        loader.load_state_dict({**before, "epoch": 3, "window": 0})
+    assert loader.state_dict() == before
 
 
 def test_a_chosen_window_goes_with_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,9 +221,11 @@ class DataLoader:
         window = state.get("window")
         if self._window_is_given and window != self.window:
             check_same({**state, "window": window}, {"window": self.window})
+        if window is not None:
+            window = arguments.integer("window", window, 1, 2**62)
         self.set_epoch(state["epoch"], state["batch"])
         if window != self.window:
-            self.window = None if window is None else arguments.integer("window", window, 1, 2**62)
+            self.window = window
             self._make()
 
     def _identity(self) -> dict[str, Any]:
