@@ -42,6 +42,10 @@ def kl(x_hat, x, *, logvar, mu):
     return 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum(1).mean()
 
 
+def weighed_kl(x_hat, x, *, logvar, mu):
+    return 500 * kl(x_hat, x, logvar=logvar, mu=mu)
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kl_once_more_is_a_beta_of_2(data, dtype, accumulate):
@@ -61,6 +65,21 @@ def test_the_kl_once_more_is_a_beta_of_2(data, dtype, accumulate):
     extra = step.extra_average()["train_extra"]
     assert extra == pytest.approx(once, rel=2e-2 if low else 1e-5)
     assert loss == pytest.approx(recon + once + extra, rel=1e-5)
+
+
+def test_the_value_of_a_batch_is_that_of_its_parts_under_a_sum(data):
+    """It is a mean over the data, so that each part counts by its size, though the loss adds up."""
+    x, weights, averages = torch.from_numpy(data), [], []
+    for accumulate in (1, 3):
+        torch.manual_seed(1)
+        loss = ELBOLoss(reduction="sum")
+        step = TrainStep(VAE.mlp((12,), (16,), 3), loss, extra_loss=weighed_kl, accumulate=accumulate)
+        for _ in range(20):
+            step(x)
+        weights.append(step.weights.flat.detach())
+        averages.append((*step.averages(), step.extra_average()["train_extra"]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+    assert averages[0] == pytest.approx(averages[1], rel=1e-4)
 
 
 def test_metrics(data):

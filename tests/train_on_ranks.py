@@ -89,6 +89,9 @@ CASES = {
     "averages": (mlp, None, LAST_ALONE, in_batches, {"ema_decay": 0.8}),
     "not a number": (mlp, None, UNEVEN, with_one_bad, {"non_finite": "skip"}),
     "extra": (mlp, None, LAST_ALONE, in_batches, {"extra_loss": brightness}),
+    "extra of a sum": (
+        mlp, lambda: ELBOLoss(reduction="sum"), LAST_ALONE, in_batches, {"extra_loss": brightness},
+    ),
     "batch variance": (
         mlp, lambda: ELBOLoss("gaussian", log_variance="batch"), LAST_ALONE, in_batches, {},
     ),

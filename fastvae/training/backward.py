@@ -160,7 +160,10 @@ class Backward:
         spec = self.loss.spec
         arguments, extra = self.loss_arguments(x, share, seed)
         terms = part_of(self.loss.terms(**arguments), spec, share)
-        return terms if extra is None else terms._replace(loss=terms.loss + extra * parts(spec, share)[0])
+        if extra is None:
+            return terms
+        # a value for these rows, whatever the loss does with its own
+        return terms._replace(loss=terms.loss + extra * (share.rows / share.batch))
 
     def loss_arguments(
         self, x: Tensor, share: Share, seed: Tensor | None = None
