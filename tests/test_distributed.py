@@ -94,13 +94,14 @@ def test_ranks_agree_with_one_process(alone, several, name: str) -> None:
         for key, tensor in first.items():
             assert torch.equal(tensor, other[name][key]), key
     # each rank normalises by its own rows; gradients of bfloat16 are rounded before they are added
-    bound = {"batch norm": 0.3, "amp": 0.05}.get(name)
+    bound = {"batch norm": 0.3, "batch norm, no validation": 0.3, "amp": 0.05}.get(name)
     if bound is None:
         assert_close(first, alone[name])
     else:
         assert_close({"rows": first["rows"]}, {"rows": alone[name]["rows"]}, bound)
     # in validation only the order of the sum differs
-    assert first["best"].item() == pytest.approx(first["alone"].item(), rel=1e-12)
+    if "best" in first:
+        assert first["best"].item() == pytest.approx(first["alone"].item(), rel=1e-12)
 
 
 def test_unused_weights_stay(several) -> None:

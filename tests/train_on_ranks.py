@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 
@@ -50,6 +51,30 @@ def with_batch_norm() -> VAE:
     model = mlp()
     model.decoder = nn.Sequential(model.decoder, nn.BatchNorm1d(12))
     return model
+
+
+class Reshaping(nn.Module):
+    """An encoder that takes no batch without rows, of which torch cannot tell what -1 is."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.encoder(x.view(len(x), -1))
+        return mu, logvar
+
+
+def with_reshaping() -> VAE:
+    model = mlp()
+    return VAE(Reshaping(model.encoder), model.decoder)
+
+
+def with_spectral_norm() -> VAE:
+    """Whose buffers a forward pass changes, whatever the rows are."""
+    model = mlp()
+    spectral_norm(model.encoder.layers[0])
+    return VAE(model.encoder, model.decoder)
 
 
 def learned_by_loss() -> ELBOLoss:
@@ -101,7 +126,13 @@ CASES = {
         mlp, lambda: ELBOLoss(recon_reduction="mean", kl_reduction="sum"), UNEVEN, in_batches, {},
     ),
     "unused weights": (with_unused_weights, None, LAST_ALONE, in_batches, {"optimizer": "adamw"}),
+    "no rows": (with_reshaping, None, LAST_ALONE, in_batches, {"free_bits": 0.2}),
+    "no rows, variance": (
+        with_reshaping, lambda: ELBOLoss("gaussian", log_variance="batch"), LAST_ALONE, in_batches, {},
+    ),
+    "spectral norm": (with_spectral_norm, None, LAST_ALONE, in_batches, {}),
     "batch norm": (with_batch_norm, None, EVEN, in_batches, {}),
+    "batch norm, no validation": (with_batch_norm, None, EVEN, in_batches, {"val": None}),
     "amp": (mlp, None, UNEVEN, in_batches, {"amp": True}),
 }  # fmt: skip
 
@@ -114,25 +145,22 @@ def train(name: str, data: Tensor) -> dict[str, Tensor]:
     loss = None if make_loss is None else make_loss()
     options = {"epochs": 2, "device": "cpu", "seed": 5, **options}
     extra_loss = options.pop("extra_loss", None)
+    val = options.pop("val", DataLoader(data[-40:].numpy(), 16))
     config = TrainConfig(**options)
-    val = DataLoader(data[-40:].numpy(), 16)
     trainer = Trainer(model, make_batches(data[:size]), val, loss=loss, extra_loss=extra_loss, config=config)
     result = trainer.fit()
-    names = [f"{part}_{term}" for part in ("train", "val") for term in ("loss", "recon", "kl")]
+    parts = ("train",) if val is None else ("train", "val")
+    names = [f"{part}_{term}" for part in parts for term in ("loss", "recon", "kl")]
     names += ["train_extra"] if extra_loss else []
-    latents = [[*row["kl_by_latent"], row["active_units"]] for row in result.history]
     rows = torch.tensor([[row[name] for name in names] for row in result.history], dtype=torch.float64)
     own = {f"loss.{name}": p.detach().clone() for name, p in trainer.loss.named_parameters()}
+    found = {**model.state_dict(), **own, "rows": rows}
+    if val is None:
+        return found
+    latents = [[*row["kl_by_latent"], row["active_units"]] for row in result.history]
     alone = evaluate(model, val, loss=trainer.loss, seed=5).loss
     best = torch.tensor(result.best["val_loss"], dtype=torch.float64)
-    return {
-        **model.state_dict(),
-        **own,
-        "rows": rows,
-        "latents": torch.tensor(latents),
-        "best": best,
-        "alone": alone,
-    }
+    return {**found, "latents": torch.tensor(latents), "best": best, "alone": alone}
 
 
 def train_all(data: Tensor) -> dict[str, dict[str, Tensor]]:

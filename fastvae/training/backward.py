@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..loss import ELBOLoss
 from ..models import Model
-from ..models.model import ModelError, check_batch
+from ..models.model import ModelError, check_batch, evaluating
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.library import random_bits
 from ..ops.reference import clamp_logvar
@@ -100,6 +100,20 @@ class Backward:
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
             leaf.grad = gradient
         return ELBOTerms(loss, recon, kl)
+
+    @torch.no_grad()
+    def add_nothing(self, x: Tensor) -> None:
+        """Take part in the totals of a batch of which this rank has no rows: x is [0, *item].
+
+        The model gets a row that counts nowhere, since one that reshapes to [B, -1] does not take none.
+        """
+        with torch.random.fork_rng([x.device] if x.is_cuda else []), evaluating(self.model):
+            mu, logvar = self.model.encode(x.new_zeros(1, *x.shape[1:]))
+            x_hat, mu, logvar = self.model.decode(mu)[:0], mu[:0], clamp_logvar(logvar[:0], self.loss.spec)
+        if self.loss.spec.free_bits is None:
+            self.loss.terms(x_hat, x, kl=x.new_zeros(0))
+        else:
+            self.loss.terms(x_hat, x, mu, logvar)
 
     def check(self, x: Tensor) -> tuple[int, ...]:
         """The shape of a latent, as of `check_batch`, of a model that takes x in the step's precision too."""

@@ -108,6 +108,14 @@ class Ranks:
             else:
                 self.broadcast([buffer])
 
+    def fill(self, buffers: Iterable[Tensor], has_own: bool) -> None:
+        """Give ranks that had no rows, and so not `has_own`, the buffers of rank 0, which had some."""
+        for buffer in buffers:
+            of_first = buffer.clone()
+            self.broadcast([of_first])
+            if not has_own:
+                buffer.copy_(of_first)
+
     def share_generators(self, device: torch.device) -> None:
         """Put the generators of all ranks where those of rank 0 are."""
         if self.size > 1:

@@ -116,10 +116,13 @@ class TrainStep:
         self._checks_each_step = isinstance(self.optimizer, NativeAdam)  # which is not waited for
         self.extra = None if extra_loss is None else ExtraLoss(extra_loss, device, ranks)
         self._sum: GradientSum | None = None
+        self._model_waits_for_ranks = False
         self._waits_for_ranks = loss.process_group is not None
+        self._ranks = Ranks() if ranks is None else ranks
         if ranks is not None and ranks.size > 1:
             self._sum = GradientSum(ranks, self.weights, learned_by_loss)
-            self._waits_for_ranks |= any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+            self._model_waits_for_ranks = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+            self._waits_for_ranks |= self._model_waits_for_ranks
         self.backward = Backward(
             model,
             self.loss,
@@ -206,10 +209,14 @@ class TrainStep:
         """
         self._buffers.keep()
         own: ELBOTerms | None = None
-        if share.rows == 0 and self._sum is not None and not self._waits_for_ranks:
+        if share.rows == 0 and self._sum is not None and not self._model_waits_for_ranks:
             random_bits(x.device)  # which the other ranks draw for the noise
+            if self._waits_for_ranks:
+                self.backward.add_nothing(x)
         else:
             own = self.backward(x, share)
+        if share.batch < self._ranks.size:
+            self._ranks.fill(self.model.buffers(), has_own=share.rows > 0)
         terms = own if self._sum is None else self._sum(own)
         assert terms is not None  # who has no others makes its own
         made = self.optimizer.step(terms)

@@ -255,6 +255,7 @@ class Trainer:
                         self.ranks.wait()  # torchrun ends them all when one has ended
                         raise TrainingStopped(stopped, total, checkpoint_path(self.folder, total))
                 metrics = self._metrics(step, progress, gpu.average())
+                self.ranks.make_equal(self.model.buffers())
                 with step.averaged_weights():
                     row = {
                         "epoch": progress.epoch,

@@ -31,7 +31,6 @@ class Validation:
         """
         if self._val is None:
             return dict.fromkeys(_LOSSES)
-        self._ranks.make_equal(model.buffers())
         latents = LatentStatistics()
         device = next(model.parameters()).device
         terms = evaluate(
