@@ -108,6 +108,12 @@ def test_unused_weights_stay(several) -> None:
     assert torch.equal(several[0]["unused weights"]["encoder.extra"], torch.ones(3))
 
 
+def test_all_ranks_know_what_one_has_found(several) -> None:
+    """Of which the first tells."""
+    for rank in several:
+        assert "scale x, whose largest absolute value is 1e+30" in rank["problem"]
+
+
 # ---- the command
 
 

@@ -80,6 +80,13 @@ class Ranks:
         found: T = result
         return found
 
+    def gather(self, mine: T) -> list[T]:
+        """What each rank has, on every rank."""
+        found = [mine] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, mine, group=self._control)
+        return found
+
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give all ranks what the tensors are on rank 0."""
@@ -214,9 +221,8 @@ def join() -> Ranks:
 def check_devices(ranks: Ranks, device: torch.device) -> None:
     """Raise ConfigError where ranks would share a GPU, which NCCL refuses."""
     if ranks.size > 1 and device.type == "cuda":
-        used: list[Any] = [None] * ranks.size
         gpu = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
-        dist.all_gather_object(used, gpu, group=ranks.group(torch.device("cpu")))
+        used = ranks.gather(gpu)
         if len(set(used)) < ranks.size:
             got = f"got cuda for {ranks.size} ranks with {len(set(used))} GPUs"
             raise ConfigError("device", f"{got}, expected one for each; use a smaller --nproc-per-node")

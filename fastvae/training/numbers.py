@@ -38,12 +38,18 @@ class NonFiniteError(ArithmeticError):
         self.remedy: str | None = None
 
 
-def remedy_for(x: Tensor, with_first_weights: bool = False) -> str | None:
-    """What to do about a loss of x that is not finite, where no lower learning rate would help; else None.
-
-    with_first_weights: of a model that was not trained yet.
-    """
+def largest_of(x: Tensor) -> float:
+    """The largest absolute value, infinite where one is not finite; 0 of none."""
     largest = x.abs().max().item() if x.numel() else 0.0
+    return largest if math.isfinite(largest) else math.inf
+
+
+def remedy_for(largest: float, with_first_weights: bool = False) -> str | None:
+    """What to do about a loss that is not finite, where no lower learning rate would help; else None.
+
+    largest: absolute value of its x (see `largest_of`). with_first_weights: of a model that was not trained
+    yet.
+    """
     if not math.isfinite(largest):
         return "look at x, which itself is not finite"
     scale = f"scale x, whose largest absolute value is {largest:g}"

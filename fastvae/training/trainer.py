@@ -30,7 +30,7 @@ from .distributed import REPORT, Share, check_devices, join
 from .images import Images
 from .keeper import Row, RunKeeper
 from .launch import open_run
-from .numbers import NonFiniteError, remedy_for
+from .numbers import NonFiniteError, largest_of, remedy_for
 from .result import TrainingError, TrainResult
 from .shares import Batches, shares_of_epoch
 from .signals import SIGNALS, StopSignal, TrainingStopped
@@ -314,7 +314,8 @@ class Trainer:
             try:
                 step(x, share)
             except NonFiniteError as error:
-                error.remedy = remedy_for(x, with_first_weights=step.skipped.total == error.step)
+                largest = max(self.ranks.gather(largest_of(x)))  # which another rank may have
+                error.remedy = remedy_for(largest, with_first_weights=step.skipped.total == error.step)
                 raise
             progress.batch = done
             progress.epoch_samples = step.count

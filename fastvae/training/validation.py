@@ -11,7 +11,7 @@ from ..loss import ELBOLoss
 from ..models import Model
 from .config import TrainConfig
 from .distributed import Ranks
-from .numbers import remedy_for
+from .numbers import largest_of, remedy_for
 from .result import TrainingError
 from .shares import Batches
 
@@ -45,7 +45,7 @@ class Validation:
         if not math.isfinite(loss):
             remedy = f"try a lower --lr than {self._config.lr:g}"
             for i, x in enumerate(inputs(self._val, device)):
-                if its := remedy_for(x):
+                if its := remedy_for(largest_of(x)):
                     remedy = f"{its}, in batch {i}"
                     break
             raise TrainingError(
