@@ -322,6 +322,7 @@ def test_sigterm_to_any_leaves_one_checkpoint(request, tmp_path: Path, to: str) 
         (["--lr", "-1"], "--lr: got '-1', expected a number greater than 0"),
         (["--lrr", "1"], "--lrr: no such option; did you mean --lr?"),
         (["--out", "file/run"], "--out: got 'file/run', but file is not a folder"),
+        (["--val", "absent.npy"], "absent.npy: No such file or directory; "),
     ],
 )
 def test_an_error_of_all_ranks_is_said_once(
@@ -336,6 +337,15 @@ def test_an_error_of_all_ranks_is_said_once(
     assert done.returncode != 0
     (line,) = said(done)
     assert line.startswith(f"fastvae: error: {found}")
+
+
+def test_a_bug_in_all_ranks_has_one_traceback(tmp_path: Path) -> None:
+    code = "from fastvae import VAE\nclass Net(VAE):\n    def __init__(self): raise ValueError('own')\n"
+    (tmp_path / "nets.py").write_text(code)
+    options = ["--data", "digits", "--device", "cpu", "--model", "nets:Net", "--out", "run"]
+    done = run_ranks(tmp_path, "--nproc-per-node=2", "-m", "fastvae", "train", *options)
+    assert done.returncode != 0
+    assert done.stderr.count("ValueError: own") == 1
 
 
 def test_restarts_need_a_folder_to_resume_from(tmp_path: Path) -> None:

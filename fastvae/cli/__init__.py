@@ -88,14 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fastvae: {stopped}; go on with: fastvae train --resume {run}", file=sys.stderr)
         return stopped.exit_status
     except Exception as error:
+        is_said = _is_said_elsewhere(error)
+        if is_said or LOCAL_RANK > 0:  # which else says it if no other has ended by then
+            _leave_it_to_be_said()
         # what fastvae raises on purpose has a class of its own; all else is a bug, and shows its traceback
         if not isinstance(error, OSError) and not type(error).__module__.startswith("fastvae."):
             raise
         if getattr(arguments, "debug", False):
             traceback.print_exc()
-        if _is_said_elsewhere(error):
-            _leave_it_to_be_said()
-        else:
+        if not is_said:
             which = "" if RANK == 0 else f"rank {RANK}: "
             print(f"fastvae: error: {which}{_one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
