@@ -395,3 +395,5 @@ def test_a_distributed_sampler_is_refused() -> None:
     loader = DataLoader(data, 2, sampler=DistributedSampler(data, num_replicas=2, rank=0))
     with pytest.raises(ValueError, match="train: got a DistributedSampler, expected the same batches on all"):
         Trainer(VAE.mlp((12,), (4,), 2), loader)
+    with pytest.raises(ValueError, match="val: got a DistributedSampler, expected the same batches on all"):
+        Trainer(VAE.mlp((12,), (4,), 2), [data], loader)

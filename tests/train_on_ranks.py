@@ -23,7 +23,7 @@ from fastvae.training.result import TrainingError
 from fastvae.training.trainer import Trainer
 
 EVEN, UNEVEN, LAST_ALONE = 160, 149, 145  # data: batches of 16, the last of 16, 5 and 1
-RANK = int(os.environ.get("RANK", 0))
+RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Unused(nn.Module):
@@ -146,7 +146,10 @@ def train(name: str, data: Tensor) -> dict[str, Tensor]:
     loss = None if make_loss is None else make_loss()
     options = {"epochs": 2, "device": "cpu", "seed": 5, **options}
     extra_loss = options.pop("extra_loss", None)
-    val = options.pop("val", DataLoader(data[-40:].numpy(), 16))
+    whole = DataLoader(data[-40:].numpy(), 16)
+    # who deals out the rows, as one may for the training data, still validates all of them
+    dealt = DataLoader(data[-40:].numpy(), 16, rank=RANK, world_size=SIZE)
+    val = options.pop("val", dealt)
     config = TrainConfig(**options)
     trainer = Trainer(model, make_batches(data[:size]), val, loss=loss, extra_loss=extra_loss, config=config)
     result = trainer.fit()
@@ -159,7 +162,7 @@ def train(name: str, data: Tensor) -> dict[str, Tensor]:
     if val is None:
         return found
     latents = [[*row["kl_by_latent"], row["active_units"]] for row in result.history]
-    alone = evaluate(model, val, loss=trainer.loss, seed=5).loss
+    alone = evaluate(model, whole, loss=trainer.loss, seed=5).loss
     best = torch.tensor(result.best["val_loss"], dtype=torch.float64)
     return {**found, "latents": torch.tensor(latents), "best": best, "alone": alone}
 

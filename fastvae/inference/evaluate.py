@@ -147,7 +147,12 @@ def _share(batches: Iterable[Batch], process_group: ProcessGroup | None) -> Iter
     if isinstance(batches, DataLoader) and ranks > 1:  # which reads only what is asked for
         first, end = (r * len(batches) // ranks for r in (rank, rank + 1))
         batches.set_epoch(batches.epoch, first)
-        yield from with_places(islice(batches, end - first), first * batches.batch_size)
+        before = batches.rank, batches.world_size
+        batches.set_rank(0, 1)  # batches are dealt out here, and not their rows
+        try:
+            yield from with_places(islice(batches, end - first), first * batches.batch_size)
+        finally:
+            batches.set_rank(*before)
         return
     for i, (first_row, batch) in enumerate(with_places(batches)):
         if i % ranks == rank:

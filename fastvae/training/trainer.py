@@ -97,10 +97,10 @@ class Trainer:
             raise ValueError("train: got no batches, expected at least one")
         if val is not None and length_hint(val, 1) == 0:
             raise ValueError("val: got no batches, expected at least one")
-        if isinstance(getattr(train, "sampler", None), DistributedSampler):
-            raise ValueError(
-                "train: got a DistributedSampler, expected the same batches on all ranks; each takes its rows"
-            )
+        for name, batches, part in (("train", train, "rows"), ("val", val, "part")):
+            if isinstance(getattr(batches, "sampler", None), DistributedSampler):
+                expected = f"expected the same batches on all ranks; each takes its {part}"
+                raise ValueError(f"{name}: got a DistributedSampler, {expected}")
         if config.epochs is None:
             enough = math.ceil(DEFAULT_STEPS_AT_LEAST / len(train))
             config = config.replace(epochs=max(DEFAULT_EPOCHS, enough))
