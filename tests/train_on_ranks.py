@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 
-from fastvae import VAE, DataLoader, ELBOLoss
+from fastvae import VAE, Callback, DataLoader, ELBOLoss
 from fastvae.inference.evaluate import evaluate
 from fastvae.training.config import TrainConfig
 from fastvae.training.result import TrainingError
@@ -78,6 +78,24 @@ def with_spectral_norm() -> VAE:
     return VAE(model.encoder, model.decoder)
 
 
+class Writing(Callback):
+    """Begins with other weights, of which some are frozen in the first epoch, and writes to all after it."""
+
+    def on_start(self, trainer: Trainer, step: int) -> None:
+        self.model = trainer.model
+        self.model.decoder.requires_grad_(False)
+        self._scale(0.5)
+
+    def on_epoch(self, row) -> None:
+        self.model.decoder.requires_grad_(True)
+        self._scale(0.9)
+
+    def _scale(self, factor: float) -> None:
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(factor)
+
+
 def learned_by_loss() -> ELBOLoss:
     return ELBOLoss("gaussian", log_variance=nn.Parameter(torch.zeros(())))
 
@@ -127,6 +145,7 @@ CASES = {
         mlp, lambda: ELBOLoss(recon_reduction="mean", kl_reduction="sum"), UNEVEN, in_batches, {},
     ),
     "unused weights": (with_unused_weights, None, LAST_ALONE, in_batches, {"optimizer": "adamw"}),
+    "callback": (mlp, None, UNEVEN, in_batches, {"callbacks": [Writing()]}),
     "no rows": (with_reshaping, None, LAST_ALONE, in_batches, {"free_bits": 0.2}),
     "no rows, variance": (
         with_reshaping, lambda: ELBOLoss("gaussian", log_variance="batch"), LAST_ALONE, in_batches, {},
@@ -145,13 +164,14 @@ def train(name: str, data: Tensor) -> dict[str, Tensor]:
     model = make_model()
     loss = None if make_loss is None else make_loss()
     options = {"epochs": 2, "device": "cpu", "seed": 5, **options}
-    extra_loss = options.pop("extra_loss", None)
+    extra_loss, callbacks = options.pop("extra_loss", None), options.pop("callbacks", [])
     whole = DataLoader(data[-40:].numpy(), 16)
     # who deals out the rows, as one may for the training data, still validates all of them
     dealt = DataLoader(data[-40:].numpy(), 16, rank=RANK, world_size=SIZE)
     val = options.pop("val", dealt)
     config = TrainConfig(**options)
-    trainer = Trainer(model, make_batches(data[:size]), val, loss=loss, extra_loss=extra_loss, config=config)
+    own = {"loss": loss, "extra_loss": extra_loss, "callbacks": callbacks}
+    trainer = Trainer(model, make_batches(data[:size]), val, config=config, **own)
     result = trainer.fit()
     parts = ("train",) if val is None else ("train", "val")
     names = [f"{part}_{term}" for part in parts for term in ("loss", "recon", "kl")]

@@ -19,6 +19,8 @@ class Callback:
     The training waits for each call. An error in one ends the training, which raises it. A callback that
     draws from torch's generator changes what the training draws after it. One that changes how the model
     computes (its modes, its layers) does so from the next epoch on: the steps of an epoch may be recorded.
+    Of several ranks the first alone calls, and from the next epoch on the others have what it did to weights,
+    buffers, modes and `requires_grad`.
 
     Example:
         >>> class Wandb(fastvae.Callback):
@@ -52,6 +54,9 @@ class Callbacks(Callback):
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._all = tuple(callbacks)
         self._started: list[Callback] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
 
     def on_start(self, trainer: Trainer, step: int) -> None:
         for callback in self._all:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import ConfigError
 from .launch import RankError, begin_process_group, is_one_of_several
@@ -95,6 +95,20 @@ class Ranks:
                 same = tensor.detach().contiguous()
                 dist.broadcast(same, 0, group=self.group(same.device))
                 tensor.copy_(same)
+
+    def follow_first(self, module: nn.Module) -> None:
+        """Give all ranks the weights, buffers, modes and `requires_grad` of the module on rank 0."""
+        if self.size == 1:
+            return
+        parts, parameters = list(module.modules()), list(module.parameters())
+        modes, trained = self.from_first(
+            lambda: ([part.training for part in parts], [p.requires_grad for p in parameters])
+        )
+        for part, is_training in zip(parts, modes, strict=True):
+            part.training = is_training
+        for parameter, is_trained in zip(parameters, trained, strict=True):
+            parameter.requires_grad_(is_trained)
+        self.broadcast([*parameters, *module.buffers()])
 
     @torch.no_grad()
     def average(self, tensors: Iterable[Tensor]) -> None:

@@ -295,6 +295,9 @@ class Trainer:
     ) -> Iterator[None]:
         """The rest of an epoch; yields after each step, when `progress` is up to date."""
         first = progress.batch
+        if self.ranks.from_first(lambda: bool(self._callbacks)):
+            for module in (self.model, self.loss):
+                self.ranks.follow_first(module)
         if not self.model.training:  # else a callback may have put a part of it into eval mode
             self.model.train()
         if first == 0:
