@@ -339,6 +339,43 @@ def test_an_error_of_all_ranks_is_said_once(
     assert line.startswith(f"fastvae: error: {found}")
 
 
+@pytest.mark.parametrize(
+    ("differs", "found"),
+    [
+        ("lr=0.1 * (1 + RANK)", "lr: got 0.2 on rank 1, expected 0.1, as on rank 0"),
+        pytest.param(
+            "out=None if RANK else 'run'",
+            "out: got None on rank 1, expected run, as on rank 0",
+            marks=pytest.mark.slow,
+        ),
+        ("train=rows[RANK:]", "data: got other data on rank 1 than on rank 0, expected the same batches"),
+        pytest.param(
+            "val=[rows[:2]] * (1 + RANK)",
+            "val: got other batches on rank 1 than on rank 0, expected the same",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_differs_between_ranks_is_refused(tmp_path: Path, differs: str, found: str) -> None:
+    """And not trained with by each."""
+    (tmp_path / "train.py").write_text(f"""
+import os
+import torch
+from fastvae import VAE, DataLoader
+from fastvae.training.config import TrainConfig
+from fastvae.training.trainer import Trainer
+
+RANK, rows = int(os.environ["RANK"]), torch.arange(240.0).view(20, 12) / 240
+options = dict({differs})
+train, val = DataLoader(options.pop("train", rows), 4), options.pop("val", None)
+Trainer(VAE.mlp((12,), (4,), 2), train, val, config=TrainConfig(epochs=1, device="cpu", **options)).fit()
+""")
+    done = run_ranks(tmp_path, "--nproc-per-node=2", "train.py")
+    assert done.returncode != 0
+    assert f"ConfigError: {found}" in done.stderr
+    assert "1/1" not in done.stdout
+
+
 def test_a_bug_in_all_ranks_has_one_traceback(tmp_path: Path) -> None:
     code = "from fastvae import VAE\nclass Net(VAE):\n    def __init__(self): raise ValueError('own')\n"
     (tmp_path / "nets.py").write_text(code)

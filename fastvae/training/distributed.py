@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .config import ConfigError, TrainConfig
 from .launch import RankError, begin_process_group, is_one_of_several
 from .signals import SIGNALS
 
@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 REPORT = 0  # a look at the averages
 REQUESTS = (REPORT, *SIGNALS)  # what ranks may ask of each other
+OF_A_NODE = ("data", "val", "out", "overwrite", "report", "tensorboard", "download", "debug")  # may differ
 
 
 class Share(NamedTuple):
@@ -240,6 +241,15 @@ def check_devices(ranks: Ranks, device: torch.device) -> None:
         if len(set(used)) < ranks.size:
             got = f"got cuda for {ranks.size} ranks with {len(set(used))} GPUs"
             raise ConfigError("device", f"{got}, expected one for each; use a smaller --nproc-per-node")
+
+
+def check_same_options(ranks: Ranks, config: TrainConfig) -> None:
+    """Raise ConfigError where this rank has other options than rank 0; places may be those of its node."""
+    of_first = ranks.from_first(lambda: config)
+    for name in TrainConfig.model_fields:
+        got, expected = getattr(config, name), getattr(of_first, name)
+        if got != expected and (name not in OF_A_NODE or None in (got, expected)):
+            raise ConfigError(name, f"got {got} on rank {ranks.rank}, expected {expected}, as on rank 0")
 
 
 def _leave() -> None:

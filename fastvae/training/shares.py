@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
-from typing import Protocol
+from operator import length_hint
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..data import DataLoader
 from ..inference.evaluate import Batch, inputs, moved, x_of
+from .config import ConfigError
 from .distributed import Ranks, Share
 
 
@@ -20,6 +23,26 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __len__(self) -> int: ...
+
+
+def check_same_batches(ranks: Ranks, name: str, batches: Batches | None) -> None:
+    """Raise ConfigError where this rank has others than rank 0, as far as one can tell; `name`: theirs."""
+    if ranks.size == 1:
+        return
+    got, expected = _identity(batches), ranks.from_first(partial(_identity, batches))
+    differing = [key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key)]
+    if differing:
+        what = "data" if "data" in differing else min(differing)
+        raise ConfigError(
+            name, f"got other {what} on rank {ranks.rank} than on rank 0, expected the same batches on all"
+        )
+
+
+def _identity(batches: Batches | None) -> dict[str, Any]:
+    if not isinstance(batches, DataLoader):
+        return {"batches": None if batches is None else length_hint(batches)}
+    places = ("epoch", "batch", "window")
+    return {key: value for key, value in batches.state_dict().items() if key not in places}
 
 
 def shares_of_epoch(

@@ -26,13 +26,13 @@ from .checkpoint import checkpoint_path, checkpoints, load_newest_checkpoint
 from .collapse import CollapseWatch
 from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
-from .distributed import REPORT, Share, check_devices, join
+from .distributed import REPORT, Share, check_devices, check_same_options, join
 from .images import Images
 from .keeper import Row, RunKeeper
 from .launch import open_run
 from .numbers import NonFiniteError, largest_of, remedy_for
 from .result import TrainingError, TrainResult
-from .shares import Batches, shares_of_epoch
+from .shares import Batches, check_same_batches, shares_of_epoch
 from .signals import SIGNALS, StopSignal, TrainingStopped
 from .state import Progress, checkpoint_of, go_on_from
 from .step import TrainStep
@@ -93,6 +93,7 @@ class Trainer:
     ) -> None:
         config = TrainConfig() if config is None else config
         self.ranks = join()
+        check_same_options(self.ranks, config)
         if _length(train) == 0:
             raise ValueError("train: got no batches, expected at least one")
         if val is not None and length_hint(val, 1) == 0:
@@ -190,6 +191,8 @@ class Trainer:
         assert config.epochs is not None  # resolved above
         torch.manual_seed(config.seed)
         self.model.train()
+        check_same_batches(self.ranks, "data", self.train)
+        check_same_batches(self.ranks, "val", self.val)
         extra = self.extra_loss
         for module in (self.model, self.loss, *([extra] if isinstance(extra, nn.Module) else [])):
             self.ranks.broadcast([*module.parameters(), *module.buffers()])
