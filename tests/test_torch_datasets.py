@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -187,6 +188,15 @@ def test_worker_processes(x: torch.Tensor) -> None:
         DataError, match=r"item 6 is uint8 of shape \[1, 2, 5\], expected uint8 of shape \[1, 6, 5\]"
     ):
         list(DataLoader(odd, 4, num_workers=1))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork, from Python 3.12 on
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_do_not_hear_what_the_group_of_the_training_is_told(workers: int) -> None:
+    """Ctrl-C, and SIGTERM to torchrun: a training that is to save itself needs them for one more step."""
+    groups = Items(lambda i: torch.tensor([os.getpgrp()], dtype=torch.float64), 3)
+    (batch,) = DataLoader(groups, 3, num_workers=workers)
+    assert bool((batch == os.getpgrp()).all()) == (workers == 0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import astuple
 from itertools import chain, islice
@@ -21,6 +22,11 @@ from .source import DataError
 
 if TYPE_CHECKING:
     from .torch_datasets import DatasetSource
+
+
+def _leave_process_group(worker: int) -> None:
+    """Let Ctrl-C and torchrun's SIGTERM, which a whole group gets, stop the training alone: it ends these."""
+    os.setpgid(0, 0)
 
 
 class ItemLoader:
@@ -87,7 +93,11 @@ class ItemLoader:
         if source.iterable and shuffle:
             raise ValueError(f"shuffle is True for {source.name}, an IterableDataset, expected False")
         generator = torch.Generator().manual_seed((seed + epoch) % 2**63)  # of torch's worker processes
-        options: dict[str, Any] = {"num_workers": self.workers, "generator": generator}
+        options: dict[str, Any] = {
+            "num_workers": self.workers,
+            "generator": generator,
+            "worker_init_fn": _leave_process_group,
+        }
         if source.iterable:
             batches = self._iterated(first_batch, rank, ranks, options)
         else:
