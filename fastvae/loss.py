@@ -120,6 +120,12 @@ class ELBOLoss(nn.Module):
         scales = self.log_variance, self.log_scale
         return elbo_with_gradients(inputs, *scales, self.capacity, self.spec, self.process_group, self.impl)
 
+    @property
+    def is_by_latent(self) -> bool:
+        """Whether it takes mu and logvar alone, as the `kl` of each datum does not say that of a latent."""
+        by_beta = isinstance(self.beta, Tensor) and self.beta.numel() != 1
+        return by_beta or self.spec.free_bits is not None or self.spec.kl_reduction == "mean"
+
     def _elbo(self, inputs: Inputs, spec: Spec) -> ELBOTerms:
         scales = self.log_variance, self.log_scale
         return elbo_from_spec(inputs, *scales, self.capacity, spec, self.process_group, self.impl)

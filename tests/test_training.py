@@ -669,6 +669,35 @@ def test_capacity_holds_the_kl_where_it_is(data):
     assert parts.loss.item() == pytest.approx(result.best["val_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "mean"},
+        {"kl_reduction": "mean", "beta": 0.3},
+        {"beta": torch.tensor([2.0, 0.5])},
+        {"reduction": "mean", "capacity": 0.7},
+        {"reduction": "sum", "capacity": 0.7},
+    ],
+)
+def test_a_given_loss_is_trained_and_evaluated_in_its_own_convention(data, seed, options):
+    """Also where the KL of each datum would not do, or a nat of it does not count as one nat."""
+    torch.manual_seed(seed)
+    model, loss, x = VAE.mlp((16,), (32,), 2), ELBOLoss(**options), torch.from_numpy(data[:500])
+
+    def by_hand(**noise):
+        with torch.no_grad():
+            mu, logvar = model.encode(x)
+            x_hat = model.decode(fastvae.reparameterize(mu, logvar, **noise))
+            return pytest.approx([term.item() for term in loss.terms(x_hat, x, mu, logvar)], rel=1e-5)
+
+    assert [term.item() for term in evaluate(model, [x], loss=loss, seed=seed)] == by_hand(seed=seed)
+    torch.manual_seed(seed)
+    expected = by_hand()
+    config = TrainConfig(epochs=1, seed=seed, device="cpu")
+    row = Trainer(model, DataLoader(x, 500), loss=loss, config=config).fit().history[0]
+    assert [row["train_loss"], row["train_recon"], row["train_kl"]] == expected
+
+
 def test_validation_clamps_as_training_does(data, seed):
     torch.manual_seed(seed)
     model = VAE.mlp((16,), (32,), 2)

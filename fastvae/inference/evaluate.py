@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -17,7 +18,7 @@ from ..loss import ELBOLoss
 from ..models.model import as_model, evaluating, likelihood_of, log_variance_of
 from ..ops import ELBOTerms, sample_and_kl
 from ..ops.reference import clamp_logvar
-from ..ops.types import FreeBitsForm
+from ..ops.types import Extents, FreeBitsForm
 from .latents import LatentStatistics
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def evaluate(
     plain = _plain(loss)
     device = next(model.parameters()).device
     sums = torch.zeros(len(ELBOTerms._fields), dtype=torch.float64, device=device)
-    count = 0
+    count, nats = 0, 0.0  # data, and what one nat of each would add to the KL term, counted as the terms are
     with evaluating(model), torch.autocast(device.type, enabled=False):
         for first_row, batch in _share(batches, process_group):
             (x,) = inputs([batch], device)
@@ -125,19 +126,22 @@ def evaluate(
             if latents is not None:
                 latents.update(mu, logvar)
             z, kl = sample_and_kl(mu, logvar, seed=seed, first_row=first_row)
-            sums += torch.stack(plain.terms(model.decode(z), x, kl=kl)).double() * len(x)
+            posterior = {"mu": mu, "logvar": logvar} if plain.is_by_latent else {"kl": kl}
+            sums += torch.stack(plain.terms(model.decode(z), x, **posterior)).double() * len(x)
             count += len(x)
+            extents = Extents(1, len(x), 0, math.prod(mu.shape[1:]))
+            nats += len(x) * len(x) * loss.spec.kl_scale(extents)
     if process_group is not None:
-        totals = torch.cat((sums, sums.new_tensor([count])))
+        totals = torch.cat((sums, sums.new_tensor([count, nats])))
         dist.all_reduce(totals, group=process_group)
-        sums, count = totals[:-1], int(totals[-1])
+        sums, count, nats = totals[:-2], int(totals[-2]), float(totals[-1])
         if latents is not None:
             latents.gather(process_group)
     if count == 0:
         raise ValueError("batches: got no data to evaluate on, expected at least one batch")
     total, recon, kl = (sums / count).cpu()
     if loss.capacity is not None:
-        total = recon + float(loss.beta) * (kl - float(loss.capacity)).abs()
+        total = recon + float(loss.beta) * (kl - float(loss.capacity) * nats / count).abs()
     return ELBOTerms(total, recon, kl)
 
 

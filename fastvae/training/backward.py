@@ -197,10 +197,9 @@ class Backward:
                 extra = self.extra(x_hat, x, z=z, mu=mu, logvar=logvar)
         if self.channels_last:
             x_hat, x = _in_one_order(x_hat, x, self.loss)
-        if self.loss.spec.free_bits is None:
-            return {"x_hat": x_hat, "x": x, "kl": kl}, extra
-        # free bits need the KL of each latent
-        return {"x_hat": x_hat, "x": x, "mu": mu, "logvar": logvar}, extra
+        if self.loss.is_by_latent:
+            return {"x_hat": x_hat, "x": x, "mu": mu, "logvar": logvar}, extra
+        return {"x_hat": x_hat, "x": x, "kl": kl}, extra
 
     def _run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Encoder or decoder."""
