@@ -105,13 +105,16 @@ class DiagonalGaussian:
         return _kl((mean - other_mean) * torch.exp(-0.5 * other_logvar), logvar - other_logvar)
 
     def nll(self, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-        """-log N(sample; mean, var) in nats, summed over `dims`; None is all but the batch's, to give [B]."""
+        """-log N(sample; mean, var) in nats, summed over `dims`; None is all of a datum's, to give [B].
+
+        K samples, [K, B, C, *space], give [K, B].
+        """
         if self.deterministic:
             return self._nothing()
         sample, mean, logvar = self._widened(sample, self.mean, self.logvar)
         error = (sample - mean) * torch.exp(-0.5 * logvar)
         elements = 0.5 * (error.square() + logvar + math.log(2 * math.pi))
-        return elements.sum(tuple(range(1, elements.ndim)) if dims is None else tuple(dims))
+        return elements.sum(tuple(range(1 - mean.ndim, 0)) if dims is None else tuple(dims))
 
     def _sample_rows(self, generators: Sequence[Generator]) -> Tensor:
         if len(generators) != len(self.mean):

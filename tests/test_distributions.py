@@ -224,6 +224,12 @@ def test_nll_sums_over_the_dims_that_are_asked_for() -> None:
     torch.testing.assert_close(posterior.nll(x, dims=[1, 2, 3]), posterior.nll(x))
 
 
+def test_nll_of_several_samples_is_that_of_each() -> None:
+    posterior = DiagonalGaussian(moments(2, 6, 4, 5))
+    samples = torch.randn(7, 2, 3, 4, 5)
+    torch.testing.assert_close(posterior.nll(samples), torch.stack([posterior.nll(x) for x in samples]))
+
+
 def test_far_apart_gaussians_stay_finite() -> None:
     """Moments at the clamps, where var / other.var passes e^50."""
     p = torch.tensor([[1e3, -40.0], [-1e3, 40.0], [0.0, 40.0]])
