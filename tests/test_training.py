@@ -1,6 +1,7 @@
 import json
 import math
 import platform
+import re
 
 import numpy as np
 import pytest
@@ -197,6 +198,26 @@ def test_empty_validation_data_are_refused_at_once(data):
 def test_a_loss_that_cannot_be_trained_is_refused(data, loss, message):
     with pytest.raises(ValueError, match=f"^loss: {message}$"):
         Trainer(VAE.mlp((16,), (8,), 2), DataLoader(data[:100], 50), loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 4.0}, "beta: got 4.0 beside a loss with 0.10000000149011612, expected it in the loss"),
+        ({"free_bits": 0.5}, "free_bits: got 0.5 beside a loss with None, expected it in the loss"),
+        ({"capacity": 5.0}, "capacity: got 5.0 beside a loss with None, expected it in the loss"),
+        (
+            {"logvar_clamp": (-5, 5)},
+            "logvar_clamp: got (-5.0, 5.0) beside a loss with (-6.0, 2.0), expected it in the loss",
+        ),
+    ],
+)
+def test_an_option_that_a_given_loss_does_not_have_is_refused(data, options, message):
+    loss = ELBOLoss(beta=torch.tensor(0.1), logvar_clamp=(-6, 2))
+    given = VAE.mlp((16,), (8,), 2), DataLoader(data[:100], 50)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        Trainer(*given, loss=loss, config=TrainConfig(**options))
+    Trainer(*given, loss=loss, config=TrainConfig(beta=0.1, logvar_clamp=(-6, 2), kl_warmup="linear"))
 
 
 @pytest.mark.parametrize(

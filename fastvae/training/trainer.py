@@ -56,7 +56,8 @@ class Trainer:
         point, or uint8 for x / 255. `set_epoch(epoch)` of `train`
         is called before each epoch, where there is one.
     loss: None is the negative ELBO of the model's likelihood with config's beta, free_bits, capacity and
-        logvar_clamp. Validation uses it too, always with the full beta and capacity and without free bits.
+        logvar_clamp; one that is given has these itself. Validation uses it too, always with the full beta
+        and capacity and without free bits.
     extra_loss: a term to add in training, not in validation, such as a perceptual or an adversarial one. It
         is called with x_hat and x of a batch, [B, *item], and by name with those of z, mu and logvar,
         [B, *latent], that its signature has, under autocast with `amp`, and gives a scalar; `train_extra` in
@@ -74,7 +75,7 @@ class Trainer:
     and each takes its rows. Callbacks are told on rank 0 alone.
 
     Moves the model to the chosen device. Raises ConfigError for a device or a package that is absent, a
-    folder that may not be written or an option that does not go with model or data, ValueError for no
+    folder that may not be written or an option that does not go with model, data or loss, ValueError for no
     training or validation data and for a loss that is none or no scalar, ModelError for a model without
     encode and decode, with nothing to train or for other items.
     """
@@ -144,6 +145,7 @@ class Trainer:
             raise ValueError(f"loss: got a {type(loss).__name__}, expected a fastvae.ELBOLoss")
         if "none" in (loss.spec.recon_reduction, loss.spec.kl_reduction):
             raise ValueError('loss: got reduction "none", expected one that gives a scalar')
+        _check_options(config, loss)
         self.loss = loss.to(self.device)
         self.extra_loss = extra_loss
         self.train = train
@@ -447,6 +449,29 @@ def _ends_with_one_datum(train: Batches) -> bool:
     if not isinstance(train, DataLoader) or train.drop_last:
         return False
     return train.batch_size == 1 or train.n_samples % train.batch_size == 1
+
+
+def _check_options(config: TrainConfig, loss: ELBOLoss) -> None:
+    """Raise ConfigError for an option of the loss that a given one does not have: it would do nothing."""
+    spec, defaults = loss.spec, TrainConfig()
+    own = {
+        "beta": loss.beta,
+        "free_bits": spec.free_bits,
+        "free_bits_form": spec.free_bits_form,
+        "capacity": loss.capacity,
+        "logvar_clamp": spec.logvar_clamp,
+    }
+    for option, value in own.items():
+        wanted = getattr(config, option)
+        if wanted != getattr(defaults, option) and _plain(wanted) != _plain(value):
+            raise ConfigError(option, f"got {wanted} beside a loss with {value}, expected it in the loss")
+
+
+def _plain(value: object) -> object:
+    """Numbers and tensors as lists of float32, to be compared; all else as it is."""
+    if value is None or isinstance(value, str):
+        return value
+    return torch.as_tensor(value, dtype=torch.float32, device="cpu").detach().reshape(-1).tolist()
 
 
 def _check_items(model: nn.Module, **loaders: Batches | None) -> None:
