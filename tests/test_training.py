@@ -221,6 +221,22 @@ def test_an_option_that_a_given_loss_does_not_have_is_refused(data, options, mes
 
 
 @pytest.mark.parametrize(
+    ("likelihood", "loss", "given"),
+    [
+        ("mse", ELBOLoss("bernoulli"), "bernoulli"),
+        ("bernoulli", ELBOLoss("bernoulli", from_logits=False), "probabilities"),
+        ("bernoulli", ELBOLoss("gaussian"), "gaussian"),
+    ],
+)
+def test_a_loss_of_logits_for_a_model_of_means_is_refused(data, likelihood, loss, given):
+    message = f'^model: got VAE of likelihood "{likelihood}" with a loss of "{given}", expected "bernoulli"'
+    with pytest.raises(ModelError, match=message):
+        Trainer(VAE.mlp((16,), likelihood=likelihood), DataLoader(data[:100], 50), loss=loss)
+    Trainer(VAE.mlp((16,), likelihood="bernoulli"), DataLoader(data, 50), loss=ELBOLoss("bernoulli"))
+    Trainer(VAE.mlp((16,)), DataLoader(data, 50), loss=ELBOLoss("bernoulli", from_logits=False))
+
+
+@pytest.mark.parametrize(
     ("batches", "message"),
     [
         (

@@ -19,7 +19,7 @@ from ..data import DataLoader
 from ..inference.evaluate import negative_elbo
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
-from ..models.model import ModelError, check_one_datum, check_parameters, modes_kept
+from ..models.model import ModelError, check_one_datum, check_parameters, likelihood_of, modes_kept
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
 from .checkpoint import checkpoint_path, checkpoints, load_newest_checkpoint
@@ -77,7 +77,7 @@ class Trainer:
     Moves the model to the chosen device. Raises ConfigError for a device or a package that is absent, a
     folder that may not be written or an option that does not go with model, data or loss, ValueError for no
     training or validation data and for a loss that is none or no scalar, ModelError for a model without
-    encode and decode, with nothing to train or for other items.
+    encode and decode, with nothing to train, for other items or for logits where the loss takes a mean.
     """
 
     def __init__(
@@ -146,6 +146,7 @@ class Trainer:
         if "none" in (loss.spec.recon_reduction, loss.spec.kl_reduction):
             raise ValueError('loss: got reduction "none", expected one that gives a scalar')
         _check_options(config, loss)
+        _check_logits(model, loss)
         self.loss = loss.to(self.device)
         self.extra_loss = extra_loss
         self.train = train
@@ -465,6 +466,21 @@ def _check_options(config: TrainConfig, loss: ELBOLoss) -> None:
         wanted = getattr(config, option)
         if wanted != getattr(defaults, option) and _plain(wanted) != _plain(value):
             raise ConfigError(option, f"got {wanted} beside a loss with {value}, expected it in the loss")
+
+
+def _check_logits(model: nn.Module, loss: ELBOLoss) -> None:
+    """Raise ModelError for a loss that takes x_hat as logits where the model has a mean there, or conversely.
+
+    Pictures, the run's config and whoever loads it go by the model.
+    """
+    likelihoods = likelihood_of(model), loss.spec.likelihood
+    if likelihoods.count("bernoulli") == 1:
+        name, (own, given) = type(model).__name__, likelihoods
+        raise ModelError(
+            f'model: got {name} of likelihood "{own}" with a loss of "{given}", expected "bernoulli" of both '
+            "or of neither, as it says what decode gives, logits or a mean; a model says it by an attribute "
+            "likelihood"
+        )
 
 
 def _plain(value: object) -> object:
