@@ -52,6 +52,8 @@ def idx_folder(folder: Path, pack: Callable[[bytes], bytes] = bytes, end: str = 
         ((7, 3, 8, 3), (3, 8, 3), False),
         ((7, 1, 8, 1), (1, 8, 1), False),
         ((7, 2, 8, 9), (2, 8, 9), False),
+        ((7, 16, 4, 4), (16, 4, 4), False),
+        ((7, 64, 1, 1), (64, 1, 1), False),
         ((7, 2, 3, 4, 5), (2, 3, 4, 5), False),
     ],
 )

@@ -102,8 +102,8 @@ def source_from_arrays(
 
     x [N, D] gives samples [D]; [N, H, W] gives [1, H, W]; [N, H, W, C] and [N, C, H, W] with C in (1, 3, 4)
     give [C, H, W], and where both could be meant and channels_last does not say, [N, C, H, W] is; any other
-    shape stays as it is. uint8 is used as x / 255, bool becomes 0.0 and 1.0, floats become float32. y [N]
-    holds integers.
+    shape stays as it is, small feature maps such as [N, 16, 4, 4] too. uint8 is used as x / 255, bool becomes
+    0.0 and 1.0, floats become float32. y [N] holds integers.
 
     Raises DataError for an empty array, another dtype, NaN or inf, and labels that do not fit. Floats in a
     mapped file of more than 64 MiB are not looked at here: a loader does as it reads them.
@@ -219,5 +219,10 @@ def labels_of(y: Array, n_samples: int, name: str) -> npt.NDArray[np.int64]:
 
 
 def is_channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether [N, H, W, C] is meant, with C of an image, and not [N, C, H, W]."""
-    return len(shape) == 4 and shape[1] not in _IMAGE_CHANNELS and shape[3] in _IMAGE_CHANNELS
+    """Whether [N, H, W, C] is meant, with C of an image, and not [N, C, H, W].
+
+    Small squares, such as feature maps [N, 16, 4, 4], are no images of as many pixels across as channels.
+    """
+    if len(shape) != 4 or shape[2] == shape[3]:
+        return False
+    return shape[1] not in _IMAGE_CHANNELS and shape[3] in _IMAGE_CHANNELS
