@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -129,6 +130,13 @@ class ELBOLoss(nn.Module):
     def _elbo(self, inputs: Inputs, spec: Spec) -> ELBOTerms:
         scales = self.log_variance, self.log_scale
         return elbo_from_spec(inputs, *scales, self.capacity, spec, self.process_group, self.impl)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ELBOLoss:
+        """A copy over the same ranks, as in the copy of a model that an average of its weights keeps."""
+        memo[id(self.process_group)] = self.process_group
+        own = memo[id(self)] = type(self).__new__(type(self))
+        own.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return own
 
     def extra_repr(self) -> str:
         spec = self.spec

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 from accuracy import assert_accurate, by_hand
 from ranks import losses_and_gradients, options_of_totals
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import fastvae
 
@@ -345,3 +347,18 @@ def test_errors_name_the_argument(arguments: dict, message: str) -> None:
     names = ("x_hat", "x", "mu", "logvar")
     with pytest.raises(ValueError, match=message):
         fastvae.elbo(**{**dict(zip(names, inputs(), strict=True)), **arguments})
+
+
+def test_a_copy_of_a_loss_is_over_the_same_ranks() -> None:
+    """As of a model that holds it, in an average of its weights."""
+    group = dist.ProcessGroup(0, 1)
+    scale = nn.Parameter(torch.zeros(()))
+    options = {"log_variance": scale, "beta": torch.tensor(0.5), "free_bits": 0.1, "process_group": group}
+    model = nn.ModuleDict(
+        {"scale": nn.ParameterList([scale]), "loss": fastvae.ELBOLoss("gaussian", **options)}
+    )
+    average = AveragedModel(model).module
+    assert average["loss"].process_group is group
+    assert average["loss"].log_variance is average["scale"][0] is not scale
+    average["loss"].beta.fill_(2)
+    assert model["loss"].beta == 0.5

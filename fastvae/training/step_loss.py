@@ -29,8 +29,7 @@ def check_sums_over_parts(loss: ELBOLoss) -> None:
 
 def with_own(loss: ELBOLoss, names: list[str], device: torch.device) -> ELBOLoss:
     """A copy of `loss` that shares its parameters and has buffers of its own with these names."""
-    shared = (*loss.parameters(), loss.process_group)
-    own = copy.deepcopy(loss, {id(value): value for value in shared})
+    own = copy.deepcopy(loss, {id(parameter): parameter for parameter in loss.parameters()})
     for name in names:
         value = torch.as_tensor(getattr(own, name), dtype=torch.float32, device=device).detach().clone()
         delattr(own, name)
