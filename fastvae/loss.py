@@ -23,7 +23,8 @@ class ELBOLoss(nn.Module):
     the negative ELBO of a Gaussian likelihood with variance 1/2, less its constant.
 
     A `log_variance` or `log_scale` that is an `nn.Parameter` is learned: give `loss.parameters()` to the
-    optimizer too.
+    optimizer too. What is computed anew in each step, from such a parameter or by a decoder, is for
+    `fastvae.elbo`: here it is a ValueError.
 
     Example:
         >>> loss = fastvae.ELBOLoss()
@@ -71,6 +72,11 @@ class ELBOLoss(nn.Module):
             ("log_scale", log_scale),
             ("capacity", capacity),
         ):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                raise ValueError(
+                    f"{name}: got a tensor computed from others that are learned, which would stay as it is "
+                    "while they change; expected an nn.Parameter, or this tensor in each call of fastvae.elbo"
+                )
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value, persistent=False)
             else:

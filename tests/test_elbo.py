@@ -632,6 +632,16 @@ def test_module_matches_function_and_learns_its_variance() -> None:
     assert "likelihood='gaussian'" in repr(loss)
 
 
+@pytest.mark.parametrize("name", ["beta", "capacity", "log_variance"])
+def test_a_module_refuses_what_is_computed_anew_in_each_step(name: str) -> None:
+    learned = torch.nn.Parameter(torch.ones(()))
+    message = rf"^{name}: got a tensor computed from others .* in each call of fastvae\.elbo$"
+    with pytest.raises(ValueError, match=message):
+        fastvae.ELBOLoss("gaussian", **{name: learned + 1})
+    for leaf in (learned, learned.detach() + 1):
+        fastvae.ELBOLoss("gaussian", **{name: leaf})
+
+
 def test_torch_may_have_another_default_device() -> None:
     tensors = [t.requires_grad_() for t in inputs(8, 6, 2, torch.float32)]
     expected = fastvae.elbo(*tensors, reduction="none").loss
