@@ -310,6 +310,10 @@ def _having(make):
 WRONG = {
     "nothing": (lambda: nn.Linear(1, 1), "got Linear without encode and decode, expected an nn.Module with"),
     "no decode": (lambda: _with(decode=None), "got Other without decode"),
+    "labels": (
+        lambda: _with(encode=lambda self, x, y: self.encoder(x).chunk(2, 1)),
+        "got Other with encode(x, y), expected it to ask for one argument alone, for it is given no labels",
+    ),
     "no module": (lambda: "Net", "got str, expected an nn.Module"),
     "frozen": (_frozen, "got Net with nothing to train"),
     "lazy": (_lazy, "got Net with lazy parameters; encode and decode one batch with it first"),

@@ -6,6 +6,7 @@ number or a tensor; a parameter is learned), and `decode_mean`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -37,7 +38,7 @@ class Model(nn.Module):
 
 
 def as_model(module: nn.Module) -> Model:
-    """The same module. Raises ModelError unless it is one with encode and decode."""
+    """The same module. Raises ModelError unless it is one with encode and decode, of one argument each."""
     name = type(module).__name__
     expected = "expected an nn.Module with encode(x) -> (mu, logvar) and decode(z) -> x_hat"
     if not isinstance(module, nn.Module):
@@ -45,6 +46,17 @@ def as_model(module: nn.Module) -> Model:
     absent = [method for method in ("encode", "decode") if not callable(getattr(module, method, None))]
     if absent:
         raise ModelError(f"model: got {name} without {' and '.join(absent)}, {expected}")
+    for method in ("encode", "decode"):
+        try:
+            signature = inspect.signature(getattr(module, method))
+        except ValueError:  # what is written in C has none
+            continue
+        try:
+            signature.bind(None)
+        except TypeError as error:
+            got = f"{name} with {method}{signature}"
+            asked = "one argument alone, for it is given no labels and no others"
+            raise ModelError(f"model: got {got}, expected it to ask for {asked}") from error
     return cast(Model, module)
 
 
