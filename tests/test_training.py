@@ -220,6 +220,17 @@ def test_an_option_that_a_given_loss_does_not_have_is_refused(data, options, mes
     Trainer(*given, loss=loss, config=TrainConfig(beta=0.1, logvar_clamp=(-6, 2), kl_warmup="linear"))
 
 
+def test_a_warmup_of_a_learned_beta_is_refused(data):
+    """Which would hold it where the warm-up has it."""
+    loss = ELBOLoss(beta=torch.nn.Parameter(torch.ones(())))
+    given = VAE.mlp((16,), (8,), 2), DataLoader(data[:100], 50)
+    message = "^kl_warmup: got linear beside a loss whose beta is learned, expected one of the two$"
+    with pytest.raises(ConfigError, match=message):
+        Trainer(*given, loss=loss, config=TrainConfig(kl_warmup="linear"))
+    Trainer(*given, loss=loss, config=TrainConfig(epochs=1, device="cpu")).fit()
+    assert loss.beta != 1
+
+
 @pytest.mark.parametrize(
     ("likelihood", "loss", "given"),
     [

@@ -453,7 +453,7 @@ def _ends_with_one_datum(train: Batches) -> bool:
 
 
 def _check_options(config: TrainConfig, loss: ELBOLoss) -> None:
-    """Raise ConfigError for an option of the loss that a given one does not have: it would do nothing."""
+    """Raise ConfigError for an option of the loss that does not go with a given one, or would do nothing."""
     spec, defaults = loss.spec, TrainConfig()
     own = {
         "beta": loss.beta,
@@ -466,6 +466,9 @@ def _check_options(config: TrainConfig, loss: ELBOLoss) -> None:
         wanted = getattr(config, option)
         if wanted != getattr(defaults, option) and _plain(wanted) != _plain(value):
             raise ConfigError(option, f"got {wanted} beside a loss with {value}, expected it in the loss")
+    if config.kl_warmup != "none" and isinstance(loss.beta, nn.Parameter):
+        got = f"got {config.kl_warmup} beside a loss whose beta is learned"
+        raise ConfigError("kl_warmup", f"{got}, expected one of the two")
 
 
 def _check_logits(model: nn.Module, loss: ELBOLoss) -> None:
