@@ -7,19 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
-from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data.distributed import DistributedSampler
 
 from ..data import DataLoader
 from ..inference.evaluate import negative_elbo
 from ..loss import ELBOLoss
 from ..models import VAE, as_model
-from ..models.model import ModelError, check_one_datum, check_parameters, likelihood_of, modes_kept
+from ..models.model import check_one_datum, check_parameters, modes_kept
 from ..models.own import describe
 from .callbacks import Callback, Callbacks
 from .checkpoint import checkpoint_path, checkpoints, load_newest_checkpoint
@@ -27,6 +25,7 @@ from .collapse import CollapseWatch
 from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
 from .distributed import REPORT, Share, check_devices, check_same_options, join
+from .given import check_batches, check_items, check_loss, ends_with_one_datum
 from .images import Images
 from .keeper import Row, RunKeeper
 from .launch import open_run
@@ -95,14 +94,7 @@ class Trainer:
         config = TrainConfig() if config is None else config
         self.ranks = join()
         check_same_options(self.ranks, config)
-        if _length(train) == 0:
-            raise ValueError("train: got no batches, expected at least one")
-        if val is not None and length_hint(val, 1) == 0:
-            raise ValueError("val: got no batches, expected at least one")
-        for name, batches, part in (("train", train, "rows"), ("val", val, "part")):
-            if isinstance(getattr(batches, "sampler", None), DistributedSampler):
-                expected = f"expected the same batches on all ranks; each takes its {part}"
-                raise ValueError(f"{name}: got a DistributedSampler, {expected}")
+        check_batches(train, val)
         if config.epochs is None:
             enough = math.ceil(DEFAULT_STEPS_AT_LEAST / len(train))
             config = config.replace(epochs=max(DEFAULT_EPOCHS, enough))
@@ -130,7 +122,7 @@ class Trainer:
         self.amp_dtype, self.amp_reason = choose_amp_dtype(self.device, config.amp)
         self.model = as_model(model)
         check_parameters(model, are_written=folder is not None)
-        _check_items(model, train=train, val=val)
+        check_items(model, train=train, val=val)
         self.model.to(self.device)
         if loss is None:
             loss = negative_elbo(
@@ -141,12 +133,7 @@ class Trainer:
                 free_bits_form=config.free_bits_form,
                 capacity=config.capacity,
             )
-        if not isinstance(loss, ELBOLoss):
-            raise ValueError(f"loss: got a {type(loss).__name__}, expected a fastvae.ELBOLoss")
-        if "none" in (loss.spec.recon_reduction, loss.spec.kl_reduction):
-            raise ValueError('loss: got reduction "none", expected one that gives a scalar')
-        _check_options(config, loss)
-        _check_logits(model, loss)
+        check_loss(loss, config, model)
         self.loss = loss.to(self.device)
         self.extra_loss = extra_loss
         self.train = train
@@ -360,7 +347,7 @@ class Trainer:
         for x, share in first:
             if share.rows > 0:
                 described = describe(self.model, x.shape[1:], step.backward.check(x))
-                if self.ranks.size == 1 and _ends_with_one_datum(self.train):
+                if self.ranks.size == 1 and ends_with_one_datum(self.train):
                     check_one_datum(self.model, x[:1])
                 return described
         return None
@@ -435,72 +422,3 @@ class Trainer:
             f"step {error.step}, in epoch {epoch}, was not applied: {error.what}; {kept}; "
             f"{error.remedy or f'try a lower --lr than {self.config.lr:g}'}{skip}"
         )
-
-
-def _length(train: Batches) -> int:
-    try:
-        return len(train)
-    except TypeError as error:
-        got = f"a {type(train).__name__} without a length ({error})"
-        raise ValueError(f"train: got {got}, expected batches whose number is known") from error
-
-
-def _ends_with_one_datum(train: Batches) -> bool:
-    """Whether that is known of the last batch of an epoch."""
-    if not isinstance(train, DataLoader) or train.drop_last:
-        return False
-    return train.batch_size == 1 or train.n_samples % train.batch_size == 1
-
-
-def _check_options(config: TrainConfig, loss: ELBOLoss) -> None:
-    """Raise ConfigError for an option of the loss that does not go with a given one, or would do nothing."""
-    spec, defaults = loss.spec, TrainConfig()
-    own = {
-        "beta": loss.beta,
-        "free_bits": spec.free_bits,
-        "free_bits_form": spec.free_bits_form,
-        "capacity": loss.capacity,
-        "logvar_clamp": spec.logvar_clamp,
-    }
-    for option, value in own.items():
-        wanted = getattr(config, option)
-        if wanted != getattr(defaults, option) and _plain(wanted) != _plain(value):
-            raise ConfigError(option, f"got {wanted} beside a loss with {value}, expected it in the loss")
-    if config.kl_warmup != "none" and isinstance(loss.beta, nn.Parameter):
-        got = f"got {config.kl_warmup} beside a loss whose beta is learned"
-        raise ConfigError("kl_warmup", f"{got}, expected one of the two")
-
-
-def _check_logits(model: nn.Module, loss: ELBOLoss) -> None:
-    """Raise ModelError for a loss that takes x_hat as logits where the model has a mean there, or conversely.
-
-    Pictures, the run's config and whoever loads it go by the model.
-    """
-    likelihoods = likelihood_of(model), loss.spec.likelihood
-    if likelihoods.count("bernoulli") == 1:
-        name, (own, given) = type(model).__name__, likelihoods
-        raise ModelError(
-            f'model: got {name} of likelihood "{own}" with a loss of "{given}", expected "bernoulli" of both '
-            "or of neither, as it says what decode gives, logits or a mean; a model says it by an attribute "
-            "likelihood"
-        )
-
-
-def _plain(value: object) -> object:
-    """Numbers and tensors as lists of float32, to be compared; all else as it is."""
-    if value is None or isinstance(value, str):
-        return value
-    return torch.as_tensor(value, dtype=torch.float32, device="cpu").detach().reshape(-1).tolist()
-
-
-def _check_items(model: nn.Module, **loaders: Batches | None) -> None:
-    """Raise ModelError for a model that is made for other items than a loader has, where both say which."""
-    config = model.config if isinstance(model, VAE) else None
-    for name, loader in loaders.items():
-        if config is None or not isinstance(loader, DataLoader):
-            continue
-        got, expected = loader.item_shape, tuple(config["item_shape"])
-        is_conv = config["architecture"] == "conv"  # an mlp takes any shape
-        if math.prod(got) != math.prod(expected) or (is_conv and got != expected):
-            items, its = (" x ".join(map(str, shape)) for shape in (got, expected))
-            raise ModelError(f"model: got a VAE for items of {its}, expected {items}, the items of {name}")
