@@ -39,6 +39,8 @@ class Product:
     def serves(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
         """Whether it is better than torch's product of these, and gives the same, of floats to a rounding."""
         (m, k), n = a.shape, b.shape[1]
+        if b.shape[0] != k:  # which torch refuses
+            return False
         if a.dtype not in _DTYPES or not _native.products_supported(a.dtype == torch.bfloat16):
             return False
         if max(m, n) * k > _MOST_ELEMENTS or m * n * k <= _MOST_SMALL:
