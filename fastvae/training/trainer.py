@@ -25,7 +25,14 @@ from .collapse import CollapseWatch
 from .config import ConfigError, TrainConfig
 from .device import choose_amp_dtype, choose_device
 from .distributed import REPORT, Share, check_devices, check_same_options, join
-from .given import check_batches, check_items, check_loss, ends_with_one_datum
+from .given import (
+    check_batches,
+    check_item_shape,
+    check_items,
+    check_loss,
+    check_val_items,
+    ends_with_one_datum,
+)
 from .images import Images
 from .keeper import Row, RunKeeper
 from .launch import open_run
@@ -153,7 +160,8 @@ class Trainer:
         that were done are read and left out, whatever they are). The model is left in the mode it was in.
 
         Raises:
-            ModelError: mu, logvar or x_hat of the first batch have a wrong shape. Nothing is written.
+            ModelError: mu, logvar or x_hat of the first batch have a wrong shape, or the model does not take
+                the data of `val`. Nothing is written.
             TrainingError, which names the step: a loss, a gradient or a weight is not finite. A step whose
                 loss or gradient is not has not been applied. Earlier checkpoints stay.
             ValueError: `train` gave more or fewer batches than its length.
@@ -331,26 +339,31 @@ class Trainer:
         progress.epoch_seconds = earlier + time.perf_counter() - began
 
     def _check_first_batch(self, step: TrainStep, progress: Progress) -> dict[str, Any] | None:
-        """Raise ModelError unless the model takes the next batch; its config, None where there is no batch.
+        """Raise ModelError unless the model takes the next batch, and data of val; its config.
 
-        The batch is not lost, for other loaders than ours may draw at random.
+        The batch is not lost, for other loaders than ours may draw at random. None where there is no batch
+        of which a model without a config could be described.
         """
-        if isinstance(self.model, VAE) and self.model.config is not None:
-            return self.model.config
+        config = self.model.config if isinstance(self.model, VAE) else None
+        if config is not None and isinstance(self.train, DataLoader):
+            check_val_items(self.model, self.val, self.train.item_shape)
+            return config
         assert self.config.epochs is not None
         self._started = None
         if progress.epoch > self.config.epochs:
-            return None
+            return config
         shares = self._shares(progress.epoch, progress.batch)
         first = list(islice(shares, 1))
         self._started = chain(first, shares)
         for x, share in first:
-            if share.rows > 0:
-                described = describe(self.model, x.shape[1:], step.backward.check(x))
+            item_shape = tuple(x.shape[1:])
+            check_item_shape(self.model, item_shape, "train")
+            if config is None and share.rows > 0:
+                config = describe(self.model, item_shape, step.backward.check(x))
                 if self.ranks.size == 1 and ends_with_one_datum(self.train):
                     check_one_datum(self.model, x[:1])
-                return described
-        return None
+            check_val_items(self.model, self.val, item_shape)
+        return config
 
     def _metrics(self, step: TrainStep, progress: Progress, gpu: Figures) -> Figures:
         """What is reported of an epoch so far."""
