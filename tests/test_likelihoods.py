@@ -102,6 +102,26 @@ def test_bernoulli_from_probabilities_is_torchs_binary_cross_entropy(autocast: b
     torch.testing.assert_close(torch.autograd.grad(value, leaf), torch.autograd.grad(expected, other))
 
 
+@pytest.mark.parametrize(
+    ("x_hat", "x", "message"),
+    [
+        (
+            1.5,
+            0.5,
+            r"^x_hat: got values from 0.5 to 1.5, expected probabilities, in \[0, 1\], with from_logits",
+        ),
+        (math.nan, 0.5, "^x_hat: got values from nan to nan, expected probabilities"),
+        (0.5, 255.0, r"^x: got values from 0.5 to 255, expected data in \[0, 1\]; divide pixels by 255"),
+        (0.5, -1.0, "^x: got values from -1 to 0.5, expected data"),
+    ],
+)
+def test_values_outside_the_unit_interval_are_named(x_hat: float, x: float, message: str) -> None:
+    given = torch.full((2, BATCH, 10), 0.5)
+    given[:, 1, 3] = torch.tensor([x_hat, x])
+    with pytest.raises(ValueError, match=message):
+        recon("bernoulli", given[0].requires_grad_(), given[1], 0.0, from_logits=False)
+
+
 @pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
 def test_a_scale_without_a_reciprocal_makes_no_nan(likelihood: str) -> None:
     x = torch.rand(BATCH, *FEATURES)

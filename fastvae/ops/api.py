@@ -82,7 +82,8 @@ def elbo(
         full: False leaves out ln(2 pi) / 2 of "gaussian" and ln 2 of "laplace" (named as in
             torch.nn.GaussianNLLLoss).
         from_logits: False takes x_hat of "bernoulli" as probabilities, with the value and the gradient of
-            F.binary_cross_entropy (which bounds a logarithm at -100); logits are more exact.
+            F.binary_cross_entropy (which bounds a logarithm at -100); logits are more exact. As there, values
+            outside [0, 1] are refused on a CPU; from logits, nobody looks whether x is in [0, 1].
         logvar_clamp: (low, high) bounds of logvar, with a zero gradient outside.
         free_bits: nats a latent below which its KL is counted as this much and has no gradient (Kingma et al.
             2016, appendix C8). `kl` of the result is the KL itself.

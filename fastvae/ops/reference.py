@@ -136,8 +136,7 @@ def recon_elements(x_hat: Tensor, x: Tensor, log_scale: Tensor | float, spec: Sp
     if spec.likelihood == "bernoulli":
         return F.binary_cross_entropy_with_logits(x_hat, x.expand_as(x_hat), reduction="none")
     if spec.likelihood == "probabilities":
-        with torch.autocast(x_hat.device.type, enabled=False):  # which forbids it, for fear of float16
-            return F.binary_cross_entropy(x_hat, x.expand_as(x_hat), reduction="none")
+        return _cross_entropy(x_hat, x)
     if spec.likelihood in ("gaussian", "laplace"):
         s = _tensor(log_scale, x_hat.dtype, x_hat.device)
         power = 0.5 if spec.likelihood == "gaussian" else 1.0
@@ -148,6 +147,27 @@ def recon_elements(x_hat: Tensor, x: Tensor, log_scale: Tensor | float, spec: Sp
         return scaled.abs() + s + spec.constant
     error = (x_hat - x).square()
     return 0.5 * error if spec.half else error
+
+
+def _cross_entropy(x_hat: Tensor, x: Tensor) -> Tensor:
+    """The Bernoulli's -log p(x | z) by element, from probabilities.
+
+    Raises ValueError for values outside [0, 1] on a CPU, where torch looks; on a GPU nobody waits for them.
+    """
+    try:
+        with torch.autocast(x_hat.device.type, enabled=False):  # which forbids it, for fear of float16
+            return F.binary_cross_entropy(x_hat, x.expand_as(x_hat), reduction="none")
+    except RuntimeError as error:
+        expected = {
+            "x_hat": "probabilities, in [0, 1], with from_logits=False; True, the default, takes logits",
+            "x": "data in [0, 1]; divide pixels by 255, or give them as uint8",
+        }
+        for name, values in (("x_hat", x_hat), ("x", x)):
+            if values.device.type == "cpu" and not bool(((values >= 0) & (values <= 1)).all()):
+                low, high = (float(bound) for bound in values.detach().aminmax())
+                got = f"values from {low:g} to {high:g}"
+                raise ValueError(f"{name}: got {got}, expected {expected[name]}") from error
+        raise
 
 
 def clamp_logvar(logvar: Tensor, spec: Spec) -> Tensor:
