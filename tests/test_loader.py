@@ -395,6 +395,11 @@ def test_a_worker_s_failure_reaches_the_consumer(num_workers: int) -> None:
         ({"num_workers": -1}, ValueError, "num_workers is -1, expected 0 <= num_workers"),
         ({"indices": [0, 10]}, ValueError, r"indices\[1\] is 10, expected 0 <= index < 10"),
         ({"indices": [-1]}, ValueError, r"indices\[0\] is -1, expected 0 <= index < 10"),
+        (
+            {"indices": np.array([1, 2**63], np.uint64)},
+            ValueError,
+            r"indices\[1\] is 9223372036854775808, expected 0 <= index < 10",
+        ),
         ({"indices": [0.5]}, ValueError, "indices is float64 of shape"),
         ({"rank": 2, "world_size": 2}, ValueError, "rank is 2, expected 0 <= rank <= 1"),
         ({"world_size": 0}, ValueError, "world_size is 0, expected 1 <= world_size"),

@@ -104,12 +104,16 @@ def workers(num_workers: int | None, source: Source) -> int:
     return min(_MAX_WORKERS, max(2, own // 2)) if own > 1 else 0
 
 
-def indices(indices: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.int64]:
-    """int64 [M], a copy."""
+def indices(indices: npt.ArrayLike | torch.Tensor, n_samples: int) -> npt.NDArray[np.int64]:
+    """int64 [M], a copy. Whether there are such samples is looked at where they are read."""
     array = np.asarray(indices)
     if array.shape == (0,):
         array = array.astype(np.int64)  # of an empty list, which has no dtype
     if array.ndim != 1 or array.dtype.kind not in "iu":
         got = f"{array.dtype} of shape {list(array.shape)}"
         raise ValueError(f"indices is {got}, expected integers of shape [M]")
+    if array.dtype == np.uint64 and array.max(initial=0) >= 2**63:  # which would be negative as int64
+        at = int(array.argmax())
+        expected = f"0 <= index < {n_samples}, the number of samples"
+        raise ValueError(f"indices[{at}] is {array[at]}, expected {expected}")
     return np.array(in_memory(array, mapped_file(array)), dtype=np.int64)

@@ -109,7 +109,7 @@ class DataLoader:
         self._closed = False
         self._fingerprint: str | None = None
         self.set_rank(rank, world_size)
-        chosen = None if indices is None else arguments.indices(indices)
+        chosen = None if indices is None else arguments.indices(indices, self._source.n_samples)
         self._n_samples = self._source.n_samples if chosen is None else len(chosen)
         self._notes: dict[str, str] = {}
         self._window_is_given = window is not None
