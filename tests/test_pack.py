@@ -172,13 +172,31 @@ def test_nan_is_refused_where_it_was_not_looked_for(tmp_path: Path, monkeypatch:
         pack(tmp_path / "x.npy", tmp_path / "p.npy")
 
 
-def test_what_is_packed_is_not_replaced(tmp_path: Path) -> None:
+def test_what_is_packed_is_not_replaced(tmp_path: Path, capsys) -> None:
     path = tmp_path / "x.npy"
     np.save(path, np.zeros((2, 9), np.float32))
     before = path.read_bytes()
-    with pytest.raises(DataError, match=r"x\.npy: dst is what is packed, expected another name"):
+    with pytest.raises(DataError, match=r"dst is '.*x\.npy', which is what to pack, expected another"):
         pack(path, tmp_path / "." / "x.npy", overwrite=True)
+    assert main(["data", "pack", str(path), str(path), "--overwrite"]) == 2
+    assert f"DST: got '{path}', which is what to pack" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("dst", "options", "message"),
+    [
+        ("p.png", [], "DST: got '{folder}/p.png', expected a name that ends in .npy"),
+        ("p.npy", ["--size", "9000"], "--size: got 9000, expected an integer from 1 to 8192"),
+        ("p.npy", ["--workers", "999"], "--workers: got 999, expected an integer from 1 to 256"),
+    ],
+)
+def test_an_error_names_what_was_typed(
+    photos: Path, dst: str, options: list[str], message: str, capsys
+) -> None:
+    folder = photos.parent
+    assert main(["data", "pack", str(photos), str(folder / dst), *options]) == 2
+    assert capsys.readouterr().err == f"fastvae: error: {message.format(folder=folder)}\n"
 
 
 def test_nothing_is_replaced_unasked(photos: Path, tmp_path: Path) -> None:

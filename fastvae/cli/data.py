@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.signals import StopSignal
-from .arguments import add_command
+from .arguments import add_command, positive
 from .output import number_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _add_pack(actions: Any) -> None:
     parser.add_argument("destination", metavar="DST", help="the .npy to make")
     parser.add_argument(
         "--size",
-        type=int,
+        type=positive,
         metavar="N",
         help="make images N x N: the centre square, resized by Lanczos' filter (default: as they are)",
     )
@@ -75,7 +75,9 @@ def _add_pack(actions: Any) -> None:
         choices=(1, 3),
         help="grey or colour, for a folder of images (default: 1 if all are grey, else 3)",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one a core)")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="threads that decode (default: one a core)"
+    )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip", "list"),
@@ -112,7 +114,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from ..data import resolve
+    from ..data import DataError, resolve
     from ..data.feeds import CorruptImages
     from ..data.pack import pack
     from ..data.sources import is_image_folder
@@ -137,6 +139,8 @@ def _pack(arguments: argparse.Namespace) -> None:
         if arguments.on_error == "list":
             _print_problems(corrupt.problems)
         raise
+    except DataError as error:
+        raise DataError(_of_the_command_line(str(error))) from error
     if packed.skipped:
         _print_problems(packed.skipped)
         n = len(packed.skipped)
@@ -148,6 +152,13 @@ def _pack(arguments: argparse.Namespace) -> None:
         n_classes = len(packed.classes) or len(set(packed.labels))
         labels = f"labels of {n_classes:,} {'class' if n_classes == 1 else 'classes'} in its JSON"
     print(f"{arguments.destination}: {what}, {labels}")
+
+
+def _of_the_command_line(message: str) -> str:
+    """What `pack` says of an argument, with the name that it has here."""
+    argument, _, rest = message.partition(" is ")
+    names = {"dst": "DST", "size": "--size", "channels": "--channels", "workers": "--workers"}
+    return f"{names[argument]}: got {rest}" if argument in names else message
 
 
 def _verify(arguments: argparse.Namespace) -> None:

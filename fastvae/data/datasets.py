@@ -134,7 +134,7 @@ def resolve(data: str | None, download: bool = False, image_size: int | None = N
         return Dataset(path.stem, open_source(path))
     named = repr(data) if len(data) < _MOST_NAMED else f"{data[:_MOST_NAMED]!r}..."
     expected = f"expected {', '.join(NAMES)} or a path"
-    raise DataError(f"data: no dataset or path named {named}, {expected}{_guess(data)}")
+    raise DataError(f"no dataset or path named {named}, {expected}{_guess(data)}")
 
 
 def known() -> list[Known]:
@@ -177,7 +177,7 @@ def ensure(name: str, report: Report | None = None) -> str:
         return f"{folder if folder and _is_complete(folder) else fetch(name, report)}"
     if name in NAMES:
         return next(f"nothing to fetch: {entry.where}" for entry in known() if entry.name == name)
-    raise DataError(f"data: no dataset named {name!r}, expected {', '.join(NAMES)}{_guess(name)}")
+    raise DataError(f"no dataset named {name!r}, expected {', '.join(NAMES)}{_guess(name)}")
 
 
 def fetch(name: str, report: Report | None = None) -> Path:

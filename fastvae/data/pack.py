@@ -11,7 +11,7 @@ from .feeds import CorruptImages, Feed, ImageFeed, SourceFeed
 from .folders import Report
 from .packed import Packed
 from .partial import Partial, StaleError, State
-from .source import DataError
+from .source import DataError, Source
 from .sources import SourceLike, as_source, is_image_folder
 
 OnError = Literal["stop", "skip", "list"]
@@ -51,8 +51,9 @@ def pack(
     if dst.exists() and not overwrite:
         raise DataError(f"{dst}: exists already; --overwrite replaces it")
     path = Path(source) if isinstance(source, str | os.PathLike) and os.fspath(source) else None
-    if path is not None and dst.exists() and path.exists() and dst.samefile(path):
-        raise DataError(f"{dst}: dst is what is packed, expected another name")
+    read = Path(source.name) if isinstance(source, Source) else path
+    if read is not None and dst.exists() and read.exists() and dst.samefile(read):
+        raise DataError(f"dst is {str(dst)!r}, which is what to pack, expected another name")
     feed: Feed
     if path is not None and is_image_folder(path):
         feed = ImageFeed(path, size, channels, workers, on_error != "stop", report)
