@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -156,6 +158,21 @@ def test_table_shows_what_was_computed(evaluate: Callable[..., str], runs: Calla
         f"mean squared error {f['mean_squared_error']:.5g} a value, {f['squared_error']:.5g} a datum ",
     ):
         assert shown in text
+
+
+def test_no_number_is_cut_in_a_narrow_terminal_and_no_line_in_a_pipe(
+    evaluate: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(printed: str) -> list[str]:
+        return [word for word in printed.split() if re.fullmatch(r"-?[\d.]+", word)]
+
+    piped = evaluate("gaussian", "--importance-samples", 30)
+    assert any(line.startswith("note: no bits") and line.endswith("adds it") for line in piped.splitlines())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = evaluate("gaussian", "--importance-samples", 30)
+    assert "nats a datum" not in narrow
+    assert sorted(words(narrow)) == sorted(words(piped))
 
 
 def test_notes_are_of_what_a_reader_should_know(runs: Callable[[str], Path]) -> None:

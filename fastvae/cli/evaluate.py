@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..inference.importance import EvaluationError
 
 PIXEL_LEVELS = 255  # pixels are k / 255
+_NEVER_WRAPPED = 10_000
 SHOWN = 20  # latents in the table; all are in evaluation.json
 
 
@@ -168,11 +170,12 @@ def _print(f: dict[str, Any]) -> None:
     made = ", binarized" if f["binarized"] else ""
     if f["levels"] is not None:
         made = f", with uniform noise of 1/{f['levels']}"
-    console = Console(highlight=False)
+    # a pipe or a file gets whole lines
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _NEVER_WRAPPED)
     console.print(f"{f['run']}: {likelihood}\non {f['n_data']:,} of {f['data']}{made}\n", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(("nats a datum", "value", "+- Monte Carlo", "+- over data")):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
     for name, key, error in _rows(f):
         errors = [_shown(f.get(f"{error}_{kind}_error")) for kind in ("monte_carlo", "data")]
         table.add_row(name, f[key] if isinstance(f[key], str) else f"{f[key]:,.4f}", *errors)
