@@ -47,6 +47,7 @@ COMMANDS = (  # in the order of the help
 
 RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun starts
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 SAID_SECONDS = 5.0  # for another rank to say what is wrong
 
 
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = {option.lstrip("-"): option for option in arguments.options}  # "--" would make --n of --index
         near = begun or [known[match] for match in difflib.get_close_matches(name.lstrip("-"), known, n=1)]
         parser.error(f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+    if WORLD_SIZE > 1 and arguments.run is not train.run:  # each would do all of it, and write the same files
+        parser.error(f"got {WORLD_SIZE} processes of torchrun, expected one: only train runs on several")
     try:
         arguments.run(arguments)
     except KeyboardInterrupt as interrupt:
