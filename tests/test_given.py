@@ -110,6 +110,23 @@ def test_validation_data_of_another_size() -> None:
     fit(Convolutions(), of(1, 4, 4), of(1, 9, 9))
 
 
+@pytest.mark.parametrize("of_torch", [False, True], ids=["fastvae", "torch"])
+def test_sequences(of_torch: bool) -> None:
+    """As images from fastvae's loader, and as they are from torch's."""
+
+    class Sequences(Net):
+        def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+            steps = x if of_torch else x.squeeze(1)
+            assert steps.shape[1:] == (8, 2)
+            return super().encode(steps)
+
+        def decode(self, z: Tensor) -> Tensor:
+            return super().decode(z).unflatten(1, (8, 2))
+
+    loader = of(8, 2) if of_torch else DataLoader(torch.rand(8, 8, 2), 4)
+    fit(Sequences(), loader, loader)
+
+
 def test_looking_at_validation_data_draws_nothing() -> None:
     drawn = []
     for val in (of(1, 4, 4), DataLoader(torch.ones(8, 4, 4), 4)):
