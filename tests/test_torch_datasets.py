@@ -98,6 +98,22 @@ def test_subsets_of_tensors(x: torch.Tensor) -> None:
         DataLoader(train, indices=[15])
 
 
+def test_a_loader_has_its_dataset_as_torchs_has(x: torch.Tensor) -> None:
+    for given in (x, (x, Y), TensorDataset(x, Y), Items(lambda i: x[i]), Stream(N)):
+        loader = DataLoader(given, 4)
+        assert len(loader.dataset) == loader.n_samples == N
+        assert loader.dataset is given or not isinstance(given, Dataset)
+    some = DataLoader(dataset := TensorDataset(x, Y), 4, indices=[3, 1])
+    assert len(some.dataset) == some.n_samples == 2
+    assert isinstance(some.dataset, Subset)
+    assert some.dataset.dataset is dataset
+    assert some.dataset[1][1] == Y[1]
+    assert len(DataLoader(x, 4, indices=[3, 1]).dataset) == 2
+    theirs = TorchDataLoader(dataset, 4)
+    for name in ("batch_size", "drop_last", "num_workers", "pin_memory"):
+        assert getattr(DataLoader(dataset, 4, num_workers=0), name) == getattr(theirs, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("drop_last", [False, True])

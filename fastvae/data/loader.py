@@ -6,17 +6,19 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import starmap
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, cast
 from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.data import Dataset, Subset
 
 from . import arguments
 from .batching import Batching
 from .device import DevicePasses, passes_on
 from .mapped import sequential_blocks, shuffled_blocks, window_for
+from .source import Source
 from .sources import SourceLike, as_source
 from .state import LoaderStats, check_same, fingerprint
 from .transform import Transform
@@ -97,9 +99,10 @@ class DataLoader:
         self.seed = arguments.integer("seed", seed, 0, 2**64 - 1)
         self.drop_last = bool(drop_last)
         self._source = as_source(source)
+        self._given = source if isinstance(source, Dataset) else self._source
         self.num_workers = arguments.workers(num_workers, self._source)
         self.device = arguments.device(device)
-        self._pins = arguments.pins(pin_memory, self.device)
+        self.pin_memory = arguments.pins(pin_memory, self.device)
         self.dtype = dtype
         self.transform = transform
         arguments.check_form(self._source, dtype, transform)
@@ -171,6 +174,15 @@ class DataLoader:
     def note(self) -> str | None:
         """What was chosen for these data by itself, in one line: a window, and where on a device they are."""
         return f"{self._source.name}: {'; '.join(self._notes.values())}" if self._notes else None
+
+    @property
+    def dataset(self) -> Dataset[Any] | Source:
+        """What batches are of, for `len(loader.dataset)` as with torch's DataLoader, which is `n_samples`.
+
+        A torch Dataset as it was given, else a Source; of `indices` a torch Subset.
+        """
+        given, indices = cast(Any, self._given), cast(Any, self._indices)
+        return given if indices is None else Subset(given, indices)
 
     @property
     def n_samples(self) -> int:
@@ -327,7 +339,7 @@ class DataLoader:
             made = starmap(lambda x, y: (tensor(x), torch.from_numpy(y)), batches)  # which threads may share
         else:
             made = map(tensor, batches)
-        return map(_pinned, made) if self._pins else made
+        return map(_pinned, made) if self.pin_memory else made
 
 
 def _bfloat16(bits: npt.NDArray[np.int16]) -> torch.Tensor:

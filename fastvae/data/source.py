@@ -38,6 +38,10 @@ class Source(ABC):
     def n_samples(self) -> int:
         """N."""
 
+    def __len__(self) -> int:
+        """N, as of a torch Dataset."""
+        return self.n_samples
+
     @property
     @abstractmethod
     def item_shape(self) -> tuple[int, ...]:
