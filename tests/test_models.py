@@ -1,4 +1,5 @@
 import json
+import stat
 
 import pytest
 import torch
@@ -62,6 +63,14 @@ def test_save_and_load_give_the_same_model(model, tmp_path, seed):
     z = torch.randn(5, model.config["latent_dim"])
     assert torch.equal(model.decode_mean(z), loaded.decode_mean(z))
     assert torch.as_tensor(loaded.log_variance).item() == torch.as_tensor(model.log_variance).item()
+
+
+def test_weights_are_for_those_that_other_files_are_for(tmp_path):
+    """Which safetensors makes readable by their owner alone."""
+    save(VAE.mlp((4,), (3,), 2), tmp_path)
+    modes = {stat.filemode(path.stat().st_mode) for path in tmp_path.iterdir()}
+    (tmp_path / "new").touch()
+    assert modes == {stat.filemode((tmp_path / "new").stat().st_mode)}
 
 
 def _remove(name):

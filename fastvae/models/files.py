@@ -137,10 +137,14 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, 
             on_cpu[name] = tensor.clone()
         begun.add(tensor.data_ptr())
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             safetensors.torch.save_file(on_cpu, temporary, metadata)
         except safetensors.SafetensorError as error:
             raise _os_error(error, path) from error
+        if temporary.stat().st_mode != mode:  # from 0.8 on its files are for their owner alone
+            temporary.chmod(mode)
 
 
 def _os_error(error: safetensors.SafetensorError, path: Path) -> OSError:
