@@ -102,7 +102,9 @@ def test_debians_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_set_says_how_to_get_it(cache: Path) -> None:
-    with pytest.raises(DataError, match="mnist is not on this machine; get it by one of: --download, put"):
+    with pytest.raises(
+        DataError, match="mnist is not on this machine; get it by one of: fastvae data fetch mnist, put"
+    ):
         resolve("mnist")
     assert not cache.exists()
 

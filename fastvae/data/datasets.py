@@ -224,8 +224,8 @@ def _remote(name: str, download: bool) -> Dataset:
         folder = fetch(name)
     if folder is None:
         place = f"put its IDX files into {data_folders()[0] / name}"
-        ways = ", ".join(filter(None, ["--download", REMOTES[name].hint, place]))
-        raise DataError(f"data: {name} is not on this machine; get it by one of: {ways}")
+        ways = ", ".join(filter(None, [f"fastvae data fetch {name}", REMOTES[name].hint, place]))
+        raise DataError(f"{name} is not on this machine; get it by one of: {ways}")
     return _folder(folder, name, REMOTES[name].classes)
 
 
