@@ -183,7 +183,7 @@ def test_every_damage_is_found(data, tmp_path, damage: str) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=path.name):
         load_checkpoint(path)
-    with pytest.raises(CheckpointError, match="expected a run of fastvae train that has made one"):
+    with pytest.raises(CheckpointError, match="expected a run that has made one; fastvae train --out "):
         load_newest_checkpoint(tmp_path)
 
 

@@ -87,8 +87,13 @@ def test_what_does_not_fit(run: Path, tmp_path: Path, monkeypatch) -> None:
     unfinished = tmp_path / "unfinished"
     (unfinished / "checkpoints").mkdir(parents=True)
     (unfinished / "checkpoints" / "step-0000000001.safetensors").touch()
-    with pytest.raises(ModelFilesError, match=r"not finished.* finish it with fastvae train --resume"):
+    with pytest.raises(ModelFilesError, match=r"not finished.*; fastvae train --resume .* goes on with"):
         open_run(parse(unfinished))
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "train.toml").touch()
+    with pytest.raises(ModelFilesError, match=rf"not finished.* --out {begun} --overwrite begins one again"):
+        open_run(parse(begun))
     with pytest.raises(ModelFilesError, match="no such folder"):
         open_run(parse("nowhere"))
 

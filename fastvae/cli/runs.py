@@ -116,15 +116,17 @@ def open_run(arguments: argparse.Namespace, folder: Path | None = None, *, finis
 
     folder = folder or Path(arguments.folder)
     device, _ = choose_device(arguments.device)
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file() and finished and checkpoints(folder):
-        raise ModelFilesError(
-            f"{folder}: the run is not finished, there are checkpoints but no {WEIGHTS_NAME}; finish it with "
-            f"fastvae train --resume {folder}"
-        )
+    weights, options = folder / WEIGHTS_NAME, folder / OPTIONS_NAME
+    has_checkpoints = bool(checkpoints(folder))
+    if not weights.is_file() and finished and (has_checkpoints or options.is_file()):
+        if has_checkpoints:
+            how = f"fastvae train --resume {folder} goes on with one that was stopped"
+        else:
+            again = f"--config {options} --out {folder} --overwrite"
+            how = f"fastvae train {again} begins one again that was stopped before its first checkpoint"
+        raise ModelFilesError(f"{folder}: the run is not finished, there is no {WEIGHTS_NAME} yet; {how}")
     if not weights.is_file() and not finished:
         weights = folder / CHECKPOINTS_NAME / BEST_NAME
-    options = folder / OPTIONS_NAME
     config = TrainConfig.from_toml(options) if options.is_file() else TrainConfig()
     of_model, own = read_config(folder / CONFIG_NAME), None
     architecture = str(of_model.get("architecture"))

@@ -155,7 +155,8 @@ def load_newest_checkpoint(run: Path) -> tuple[Checkpoint, list[str]]:
         except CheckpointError as error:
             problems.append(str(error))
     found = "; ".join(problems) or f"{run / CHECKPOINTS_NAME}: no checkpoint"
-    raise CheckpointError(f"{found}; expected a run of fastvae train that has made one")
+    expected = f"expected a run that has made one; fastvae train --out {run} --overwrite begins one again"
+    raise CheckpointError(f"{found}; {expected}")
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
