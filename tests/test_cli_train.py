@@ -442,3 +442,12 @@ def test_help_and_version(capsys):
     assert re.search(r"^fastvae \d+\.\d+", out)
     for name in TrainConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in out
+
+
+@pytest.mark.parametrize("command", [[], ["data"]])
+def test_without_a_command_it_is_help(command, capsys):
+    assert main(command) == 0
+    assert "show this help message" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command, "nothing"])
+    assert capsys.readouterr().err.startswith("fastvae: error: no such command: 'nothing' (choose from")

@@ -432,13 +432,18 @@ def test_what_cannot_be_done_is_said_in_a_line(run: Path, look) -> None:
 @pytest.mark.parametrize(
     ("command", "options", "problem"),
     [
-        ("sample", ["--n", "0"], "argument --n: got '0', expected an integer of at least 1"),
+        ("sample", ["--n", "0"], "--n: got '0', expected an integer of at least 1"),
         ("sample", ["--temp", "1"], "--temp: no such option; did you mean --temperature?"),
         ("reconstruct", ["--index", "3"], "--index: no such option"),
         ("sample", ["more"], "got 'more', which belongs to no option"),
         ("sample", ["-n", "3"], "-n: no such option; did you mean --n?"),
         ("encode", [], "the following arguments are required: --out"),
-        ("reconstruct", ["--worst", "--best"], "argument --best: not allowed with argument --worst"),
+        (
+            "traverse",
+            ["--dims", "."],
+            "--dims: got '.', expected an integer of at least 0; a RUN goes before the options",
+        ),
+        ("reconstruct", ["--worst", "--best"], "--best: not allowed with --worst"),
     ],
 )
 def test_options_that_do_not_exist(run: Path, command: str, options: list[str], problem: str, capsys) -> None:

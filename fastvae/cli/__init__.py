@@ -62,6 +62,9 @@ class _Parser(argparse.ArgumentParser):
         if LOCAL_RANK > 0:
             _leave_it_to_be_said()
             self.exit(2)
+        message = message.replace("argument -", "-").replace(
+            "argument command: invalid choice", "no such command"
+        )
         self.exit(2, f"fastvae: error: {message}\n")
 
 
@@ -112,7 +115,8 @@ def _parser() -> _Parser:
     )
     version = importlib.metadata.version("fastvae")
     parser.add_argument("-V", "--version", action="version", version=f"fastvae {version}")
-    commands = parser.add_subparsers(metavar="command", required=True)
+    parser.set_defaults(run=lambda _: parser.print_help(), options=parser._option_string_actions)
+    commands = parser.add_subparsers(metavar="command")
     for command in COMMANDS:
         command.add(commands)
     return parser

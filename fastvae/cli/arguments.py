@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ def add_run_command(
 ) -> argparse.ArgumentParser:
     """Add a command on a run to argparse's subcommands, and return its parser."""
     parser = add_command(commands, name, run, help, description)
+    parser.usage = "%(prog)s RUN [options]"  # after --dims D [D ...] it would be another D
     parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
     return parser
 
@@ -102,5 +104,6 @@ def _integer(value: str, least: int) -> int:
     except ValueError:
         number = least - 1
     if not least <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"got {value!r}, expected an integer of at least {least}")
+        hint = "; a RUN goes before the options" if os.path.isdir(value) else ""
+        raise argparse.ArgumentTypeError(f"got {value!r}, expected an integer of at least {least}{hint}")
     return number

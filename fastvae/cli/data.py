@@ -34,7 +34,8 @@ def add(commands: Any) -> None:
         description="List, fetch, pack and verify data.",
         allow_abbrev=False,
     )
-    actions = parser.add_subparsers(metavar="command", required=True)
+    parser.set_defaults(run=lambda _: parser.print_help(), options=parser._option_string_actions)
+    actions = parser.add_subparsers(metavar="command")
     _add_list(actions)
     _add_fetch(actions)
     _add_pack(actions)

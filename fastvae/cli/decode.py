@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
         "Write the mean of p(x|z) for each z of a file, in float32, a batch at a time: both may be larger "
         "than the memory.",
     )
+    parser.usage = "%(prog)s RUN --latents FILE.npy --out FILE.npy [options]"
     parser.add_argument(
         "--latents", metavar="FILE.npy", required=True, help="z, [N, latents], as of fastvae encode"
     )

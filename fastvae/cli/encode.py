@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
         "Write the posterior means of data, [N, latents] in float32, a batch at a time: data and latents may "
         "be larger than the memory. Their standard deviation is what latent diffusion scales by.",
     )
+    parser.usage = "%(prog)s RUN --out FILE.npy [options]"
     parser.add_argument("--out", metavar="FILE.npy", required=True, help="what to write")
     parser.add_argument("--sample", action="store_true", help="a draw of each posterior, not its mean")
     add_run_options(parser, data=True)

@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
         "Show the means of p(x|z) on the way from the posterior mean of one datum to that of another, "
         "between the two data themselves: a row for each pair.",
     )
+    parser.usage = "%(prog)s RUN --from I [I ...] --to I [I ...] [options]"
     group = parser.add_argument_group("which")
     for flag, name, what in (("--from", "start", "first"), ("--to", "end", "last")):
         group.add_argument(

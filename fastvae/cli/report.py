@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
         "Draw runs as one HTML file that holds all it shows: curves, pictures, results, options. Several are "
         "overlaid and compared. A run that has not ended is shown as far as it has come.",
     )
+    parser.usage = "%(prog)s RUN [RUN ...] [options]"
     parser.add_argument("folders", metavar="RUN", nargs="+", help="folder of a run")
     parser.add_argument(
         "--out",
