@@ -334,3 +334,10 @@ def test_the_browser_would_tell(page: Browser, tmp_path: Path) -> None:
     assert "http://127.0.0.1:9/x.png" in page.requests
     assert any("so" in complaint for complaint in page.complaints)
     assert page.evaluate("document.images[0].naturalWidth") == 0
+
+
+def test_a_curve_that_stays_at_zero_goes_up_to_one() -> None:
+    """As of active units, and not to a twentieth of one."""
+    for y, top in ((0, "1.0"), (3, "3.0")):
+        drawn = charts.lines([charts.Curve([1, 2], [0, y], 0)], "latents", from_zero=True)
+        assert re.findall(r">([\d.]+)</text>", drawn)[-1] == top

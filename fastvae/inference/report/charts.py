@@ -84,7 +84,7 @@ def lines(curves: Sequence[Curve], ylabel: str, *, from_zero: bool = False) -> s
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         top = _top(rows)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, None if any((row > 0).any() for row in rows) else 1)
         elif top is not None:
             axes.set_ylim(top=top)
         return _svg(figure)
