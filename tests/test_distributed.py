@@ -393,7 +393,9 @@ def test_restarts_need_a_folder_to_resume_from(tmp_path: Path) -> None:
 
 def test_other_commands_run_in_one_process(tmp_path: Path) -> None:
     done = run_ranks(tmp_path, "--nproc-per-node=2", "-m", "fastvae", "data", "pack", "digits", "x.npy")
-    message = "fastvae: error: got 2 processes of torchrun, expected one: only train runs on several"
+    message = (
+        "fastvae: error: got WORLD_SIZE=2, as of torchrun, expected one process: only train runs on several"
+    )
     assert said(done) == [message]
     assert done.returncode != 0
     assert list(tmp_path.iterdir()) == []

@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = begun or [known[match] for match in difflib.get_close_matches(name.lstrip("-"), known, n=1)]
         parser.error(f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
     if WORLD_SIZE > 1 and arguments.run is not train.run:  # each would do all of it, and write the same files
-        parser.error(f"got {WORLD_SIZE} processes of torchrun, expected one: only train runs on several")
+        parser.error(
+            f"got WORLD_SIZE={WORLD_SIZE}, as of torchrun, expected one process: only train runs on several"
+        )
     try:
         arguments.run(arguments)
     except KeyboardInterrupt as interrupt:
