@@ -182,6 +182,17 @@ def test_gradient_of_beta_and_double_backward_with_free_bits(impl: str, form: st
     assert torch.autograd.gradgradcheck(ours, leaves)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", ["batch", "element"])
+def test_a_kl_at_its_floor_has_no_gradient(impl: str, form: str) -> None:
+    x_hat, x, *_ = inputs()
+    mu = torch.tensor([[1.0, -1.0]] * 12, requires_grad=True)  # a KL of 0.5 each, exactly
+    logvar = torch.zeros_like(mu, requires_grad=True)
+    loss = fastvae.elbo(x_hat, x, mu, logvar, free_bits=0.5, free_bits_form=form, impl=impl).loss
+    for g in torch.autograd.grad(loss, (mu, logvar)):
+        assert not g.any()
+
+
 def capacities(mu: Tensor, logvar: Tensor, weight: Tensor) -> dict[str, float]:
     """One below and one above the batch's mean KL."""
     kl = (weight[:, None] * 0.5 * (mu**2 + logvar.exp() - 1 - logvar)).sum(1).mean().item()
